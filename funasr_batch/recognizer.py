@@ -1,0 +1,223 @@
+"""A loaded model with all that leads from audio to text: cutting, features, decoding, wording.
+
+Finding a model's files needs no MLX, so that a run with nothing to do never imports it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from funasr_batch.errors import CheckpointError, FileError, ModelError
+from funasr_batch.frontend import FrontEnd
+from funasr_batch.records import (
+    Clip,
+    FloatArray,
+    ModelInfo,
+    Recognition,
+    Segment,
+    TextSegment,
+    Transcript,
+)
+from funasr_batch.segments import Segmenter, SegmentPolicy, WindowCutter
+from funasr_batch.settings import Settings
+from funasr_batch.text.tokens import detokenise, render_text
+from funasr_batch.weights.checkpoint import Checkpoint, open_checkpoint
+from funasr_batch.weights.hub import resolve_model
+
+if TYPE_CHECKING:
+    from funasr_batch.decoding.paraformer import BatchResult, ParaformerDecoding
+    from funasr_batch.vad import VoiceActivityStream
+
+_BLANK, _SOS, _EOS = "<blank>", "<s>", "</s>"
+
+
+class Cutter(Protocol):
+    """Cuts one recording's blocks into clips; see `segments`."""
+
+    def accept(self, block: FloatArray) -> list[Clip]: ...
+    def finish(self) -> list[Clip]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The checkpoints that some settings call for, found and checked but not loaded."""
+
+    name: str
+    asr: Checkpoint
+    vad: Checkpoint | None
+    """FSMN-VAD's; None where the embedded VAD or none is used."""
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(self.name, self.asr.revision, self.asr.weights_sha256)
+
+    @property
+    def digest(self) -> str:
+        """Names every weight that can change a transcript."""
+        vad = self.vad.weights_sha256 if self.vad else "none"
+        return hashlib.sha256(f"{self.asr.weights_sha256} {vad}".encode()).hexdigest()
+
+
+def find_model(settings: Settings, cache_dir: Path) -> ModelFiles:
+    """Finds, downloads or converts what `settings` names.
+
+    Raises ModelError when something is missing and CheckpointError when it is refused.
+    """
+
+    def opened(name: str, offline: bool) -> Checkpoint:
+        return open_checkpoint(resolve_model(name, offline=offline, cache_dir=cache_dir))
+
+    asr = opened(settings.model, settings.offline)
+    vad = None
+    if settings.vad == "fsmn" or (settings.vad == "auto" and settings.vad_model):
+        vad = opened(settings.vad_model or "fsmn-vad", settings.offline)
+    elif settings.vad == "auto" and not settings.model.startswith("sample-"):
+        # FunASR's own VAD where its weights lie at hand; it is not worth a download by itself.
+        try:
+            vad = opened("fsmn-vad", True)
+        except CheckpointError:
+            raise
+        except ModelError:
+            vad = None
+    return ModelFiles(settings.model, asr, vad)
+
+
+@dataclass(frozen=True, slots=True)
+class Recognizer:
+    """What turns audio into segments of text. Safe to share between threads except `recognise`."""
+
+    info: ModelInfo
+    device: str
+    dtype: str
+    frontend: FrontEnd
+    tokens: tuple[str, ...]
+    policy: SegmentPolicy
+    new_vad: Callable[[], VoiceActivityStream] | None
+    """Makes the VAD of one recording; None for overlapping windows without a VAD."""
+    decoding: ParaformerDecoding
+    settings: Settings
+
+    def cutter(self) -> Cutter:
+        """A fresh cutter for one recording."""
+        if self.new_vad is None:
+            return WindowCutter(self.policy)
+        return Segmenter(self.policy, self.new_vad())
+
+    def features(self, clip: Clip) -> FloatArray:
+        """float32 [L, 560] of a clip."""
+        return self.frontend.features(clip.samples)
+
+    def recognise(self, batch: Sequence[FloatArray]) -> BatchResult:
+        """Recognises the features of a batch of clips; to be called from one thread only."""
+        return self.decoding.recognise(batch)
+
+    def text_segment(self, segment: Segment, recognition: Recognition) -> TextSegment:
+        """Words, characters and their times in the recording."""
+        tokens = detokenise(
+            [self.tokens[id] for id in recognition.token_ids],
+            recognition.spans_ms,
+            recognition.confidences,
+            segment.start_ms,
+        )
+        return TextSegment(
+            id=segment.index,
+            start=segment.start_ms,
+            end=segment.end_ms,
+            text=render_text(tokens),
+            timing="cif",
+            tokens=tokens,
+        )
+
+    def transcribe(self, audio: str | Path | FloatArray) -> Transcript:
+        """Transcribes one recording: a path, or mono float32 samples at 16 kHz in [-1, 1].
+
+        Raises FileError (AudioError, VanishedError, …) when the recording is at fault.
+        """
+        from funasr_batch.run.engine import transcribe_array, transcribe_paths
+
+        if isinstance(audio, np.ndarray):
+            return transcribe_array(audio, self)
+        [(_, result)] = transcribe_paths([Path(audio)], self)
+        if isinstance(result, FileError):
+            raise result
+        return result
+
+    def transcribe_files(
+        self, paths: Iterable[str | Path]
+    ) -> Iterator[tuple[Path, Transcript | FileError]]:
+        """Transcribes recordings in batches across files; yields each as it is finished.
+
+        A recording that fails is yielded with its error instead of a transcript.
+        """
+        from funasr_batch.run.engine import transcribe_paths
+
+        return transcribe_paths([Path(path) for path in paths], self)
+
+
+def load_recognizer(files: ModelFiles, settings: Settings) -> Recognizer:
+    """Loads the weights onto the device. The first call in a process imports MLX."""
+    from funasr_batch.cpu import prepare_cpu
+
+    prepare_cpu()
+    import mlx.core as mx
+
+    from funasr_batch.decoding.paraformer import load_paraformer
+    from funasr_batch.models.paraformer import ARCHITECTURES
+
+    checkpoint = files.asr
+    if checkpoint.architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds a {checkpoint.architecture}: it does not recognise speech",
+            hint=f"Recognition models are: {', '.join(ARCHITECTURES)}.",
+        )
+    if checkpoint.tokens is None:
+        raise CheckpointError(f"{checkpoint.folder} has no tokens.json")
+    on_gpu = mx.default_device().type == mx.gpu
+    dtype = settings.dtype
+    if dtype == "auto":
+        # bfloat16 products are several times slower than float32 ones on a CPU.
+        dtype = "bfloat16" if on_gpu else "float32"
+    frontend_conf = checkpoint.config["frontend_conf"]
+    tokens = checkpoint.tokens
+    dropped = frozenset(i for i, token in enumerate(tokens) if token in (_BLANK, _SOS, _EOS))
+    return Recognizer(
+        info=files.info,
+        device="gpu" if on_gpu else "cpu",
+        dtype=dtype,
+        frontend=FrontEnd(frontend_conf["lfr_m"], frontend_conf["lfr_n"], checkpoint.cmvn),
+        tokens=tokens,
+        policy=SegmentPolicy(
+            max_seconds=settings.max_segment,
+            target_seconds=settings.merge_segment,
+            overlap_seconds=settings.window_overlap,
+        ),
+        new_vad=_vad_factory(files.vad, settings),
+        decoding=load_paraformer(checkpoint, getattr(mx, dtype), dropped),
+        settings=settings,
+    )
+
+
+def load(
+    model: str = "paraformer", *, cache_dir: Path | None = None, **settings: object
+) -> Recognizer:
+    """Loads a model by name or folder: `load("sample-paraformer").transcribe("talk.wav").text`.
+
+    Further keywords are settings of the command line, such as `vad="none"` or `offline=True`.
+    Raises ModelError when the model is not there, UsageError for a setting that is wrong.
+    """
+    from funasr_batch.weights.hub import default_cache_dir
+
+    chosen = Settings(model=model, **settings)  # type: ignore[arg-type]
+    return load_recognizer(find_model(chosen, cache_dir or default_cache_dir()), chosen)
+
+
+def _vad_factory(
+    checkpoint: Checkpoint | None, settings: Settings
+) -> Callable[[], VoiceActivityStream] | None:
+    raise NotImplementedError(checkpoint, settings)
