@@ -23,7 +23,7 @@ from typing import ClassVar
 
 
 class FunasrBatchError(Exception):
-    """Base of the tree. `exit_code` is the process's; `retry` tells whether a later try may help."""
+    """Base of the tree. `exit_code` is the process's; `retry`: a later try may help."""
 
     exit_code: ClassVar[int] = 70
     retry: ClassVar[bool] = False

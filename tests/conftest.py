@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from funasr_batch.cpu import prepare_cpu
+
+prepare_cpu()  # before any test imports mlx
+
 SHARED = Path(os.environ.get("FUNASR_BATCH_SHARED", Path(__file__).parents[2] / "shared"))
 
 
