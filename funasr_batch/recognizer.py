@@ -9,12 +9,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from funasr_batch.errors import CheckpointError, FileError, ModelError
-from funasr_batch.frontend import FrontEnd
+from funasr_batch.frontend import Cmvn, FrontEnd
 from funasr_batch.records import (
     Clip,
     FloatArray,
@@ -27,7 +27,7 @@ from funasr_batch.records import (
 from funasr_batch.segments import Segmenter, SegmentPolicy, WindowCutter
 from funasr_batch.settings import Settings
 from funasr_batch.text.tokens import detokenise, render_text
-from funasr_batch.weights.checkpoint import Checkpoint, open_checkpoint
+from funasr_batch.weights.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from funasr_batch.weights.hub import resolve_model
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class ModelFiles:
     asr: Checkpoint
     vad: Checkpoint | None
     """FSMN-VAD's; None where the embedded VAD or none is used."""
+    vad_digest: str
+    """Of the VAD's weights, whichever it is."""
 
     @property
     def info(self) -> ModelInfo:
@@ -60,8 +62,8 @@ class ModelFiles:
     @property
     def digest(self) -> str:
         """Names every weight that can change a transcript."""
-        vad = self.vad.weights_sha256 if self.vad else "none"
-        return hashlib.sha256(f"{self.asr.weights_sha256} {vad}".encode()).hexdigest()
+        digests = f"{self.asr.weights_sha256} {self.vad_digest}"
+        return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def find_model(settings: Settings, cache_dir: Path) -> ModelFiles:
@@ -85,7 +87,15 @@ def find_model(settings: Settings, cache_dir: Path) -> ModelFiles:
             raise
         except ModelError:
             vad = None
-    return ModelFiles(settings.model, asr, vad)
+    return ModelFiles(settings.model, asr, vad, _vad_digest(vad, settings))
+
+
+def _vad_digest(vad: Checkpoint | None, settings: Settings) -> str:
+    from funasr_batch.models.silero_vad import weights_sha256
+
+    if vad is not None:
+        return vad.weights_sha256
+    return "none" if settings.vad == "none" else weights_sha256()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +200,7 @@ def load_recognizer(files: ModelFiles, settings: Settings) -> Recognizer:
         info=files.info,
         device="gpu" if on_gpu else "cpu",
         dtype=dtype,
-        frontend=FrontEnd(frontend_conf["lfr_m"], frontend_conf["lfr_n"], checkpoint.cmvn),
+        frontend=FrontEnd(frontend_conf["lfr_m"], frontend_conf["lfr_n"], _cmvn(checkpoint)),
         tokens=tokens,
         policy=SegmentPolicy(
             max_seconds=settings.max_segment,
@@ -220,4 +230,52 @@ def load(
 def _vad_factory(
     checkpoint: Checkpoint | None, settings: Settings
 ) -> Callable[[], VoiceActivityStream] | None:
-    raise NotImplementedError(checkpoint, settings)
+    """Makes the VAD stream of one recording; the network is shared by all."""
+    if settings.vad == "none":
+        return None
+    return _silero(settings) if checkpoint is None else _fsmn(checkpoint, settings)
+
+
+def _silero(settings: Settings) -> Callable[[], VoiceActivityStream]:
+    from funasr_batch.models.silero_vad import load_silero_vad
+    from funasr_batch.vad import SileroOptions, SileroVadStream
+
+    options = SileroOptions(
+        **_given(threshold=settings.vad_threshold, min_silence_ms=settings.vad_min_silence_ms)
+    )
+    network = load_silero_vad()
+    return lambda: SileroVadStream(network, options)
+
+
+def _fsmn(checkpoint: Checkpoint, settings: Settings) -> Callable[[], VoiceActivityStream]:
+    from mlx.utils import tree_flatten
+
+    from funasr_batch.models.fsmn_vad import FsmnVad, FsmnVadConfig
+    from funasr_batch.vad import FsmnVadOptions, FsmnVadStream
+
+    if checkpoint.architecture != "FsmnVADStreaming":
+        raise CheckpointError(f"{checkpoint.folder} holds a {checkpoint.architecture}, not a VAD")
+    network = FsmnVad(FsmnVadConfig.from_encoder_conf(checkpoint.config["encoder_conf"]))
+    expected = {name: value.shape for name, value in tree_flatten(network.parameters())}
+    check_tensors(checkpoint.specs, expected, path=checkpoint.folder)
+    network.load_weights(list(checkpoint.load_tensors().items()), strict=True)
+    threshold = settings.vad_threshold
+    options = FsmnVadOptions(
+        schedule=settings.vad_schedule,
+        **_given(
+            max_end_silence_ms=settings.vad_min_silence_ms,
+            speech_noise_threshold=None if threshold is None else 2 * threshold - 1,
+        ),
+    )
+    conf = checkpoint.config["frontend_conf"]
+    frontend = FrontEnd(conf["lfr_m"], conf["lfr_n"], _cmvn(checkpoint))
+    return lambda: FsmnVadStream(network, frontend, options)
+
+
+def _cmvn(checkpoint: Checkpoint) -> Cmvn | None:
+    return Cmvn(*checkpoint.cmvn) if checkpoint.cmvn is not None else None
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were set; the others keep the defaults of what they are for."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,41 @@
+"""The outputs of one transcript under given settings: which formats, in which style."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from funasr_batch.records import Transcript
+from funasr_batch.settings import Settings
+from funasr_batch.text.cues import STYLES, CueStyle, style_for
+from funasr_batch.writers import WriterOptions, write
+
+
+def render(transcript: Transcript, settings: Settings) -> dict[str, bytes]:
+    """The content of each format that the settings ask for."""
+    options = WriterOptions(cue_style(settings, transcript.text), settings.bom)
+    return {name: write(transcript, name, options) for name in settings.format}
+
+
+def cue_style(settings: Settings, text: str) -> CueStyle:
+    """The named style, or the one of the text's script, with the limits that were set apart."""
+    auto = settings.subtitle_style == "auto"
+    style = style_for(text) if auto else STYLES[settings.subtitle_style]
+    limits: dict[str, Any] = {
+        # The flag counts columns of a terminal, a style its own unit.
+        "max_line_width": _times(settings.max_line_width, style.half_width),
+        "max_line_count": settings.max_line_count,
+        "max_cps": settings.max_cps,
+        "min_duration_ms": _milliseconds(settings.min_duration),
+        "max_duration_ms": _milliseconds(settings.max_duration),
+        "min_gap_ms": _milliseconds(settings.min_gap),
+    }
+    return replace(style, **{name: limit for name, limit in limits.items() if limit is not None})
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
