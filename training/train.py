@@ -103,25 +103,38 @@ class FlatAdamW:
     All parameters are one vector: an update is a dozen kernels instead of a dozen for each tensor.
     """
 
+    _ALIGNMENT = 64
+    """Each tensor begins at a multiple of so many values: cuBLAS refuses unaligned weights."""
+
     def __init__(self, parameters: dict) -> None:
         named = tree_flatten(parameters)
         self._names = [name for name, _ in named]
         self._shapes = [value.shape for _, value in named]
-        self._ends = np.cumsum([value.size for _, value in named])[:-1].tolist()
-        self.vector = mx.concatenate([value.reshape(-1) for _, value in named])
+        self._sizes = [value.size for _, value in named]
+        self._padding = [mx.zeros(-size % self._ALIGNMENT) for size in self._sizes]
+        padded = [size + pad.size for size, pad in zip(self._sizes, self._padding, strict=True)]
+        self._ends = np.cumsum(padded)[:-1].tolist()
+        self.vector = self._flat(parameters)
         self.average = self.vector + 0
         # Norms and biases are not decayed.
         self._decay = mx.concatenate(
-            [mx.full((value.size,), float(value.ndim > 1)) for _, value in named]
+            [
+                mx.full(n, float(len(shape) > 1))
+                for n, shape in zip(padded, self._shapes, strict=True)
+            ]
         )
         self._mean = mx.zeros_like(self.vector)
         self._square = mx.zeros_like(self.vector)
         self._step = 0
 
+    def _flat(self, tree: dict) -> mx.array:
+        values = (value.reshape(-1) for _, value in tree_flatten(tree))
+        return mx.concatenate([x for pair in zip(values, self._padding, strict=True) for x in pair])
+
     def update(self, gradients: dict, rate: float, keep: float) -> dict:
         """One step; returns the new parameters as a tree."""
         self._step += 1
-        gradient = mx.concatenate([value.reshape(-1) for _, value in tree_flatten(gradients)])
+        gradient = self._flat(gradients)
         gradient = gradient * mx.minimum(1.0, 2.0 / (mx.linalg.norm(gradient) + 1e-6))
         self._mean = 0.9 * self._mean + 0.1 * gradient
         self._square = 0.98 * self._square + 0.02 * mx.square(gradient)
@@ -133,7 +146,8 @@ class FlatAdamW:
 
     def tree(self, vector: mx.array) -> dict:
         parts = mx.split(vector, self._ends)
-        shaped = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        described = zip(parts, self._sizes, self._shapes, strict=True)
+        shaped = [part[:size].reshape(shape) for part, size, shape in described]
         return tree_unflatten(list(zip(self._names, shaped, strict=True)))
 
     @property

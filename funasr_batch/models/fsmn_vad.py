@@ -144,9 +144,12 @@ class FsmnVad(nn.Module):
         float32 [T, input_dim] to float32 [T], evaluated. `cache` is what the call for the piece
         before returned, None for the first. Pieces give what the whole recording would give.
         """
-        posteriors, cache = self.encoder(mx.array(features), cache or self._empty_cache())
-        silence = posteriors[:, 0]
-        mx.eval(silence, cache)
+        # Reader threads call this while another thread keeps the GPU busy: so small a network is
+        # fast enough on the CPU, where threads do not share a command queue.
+        with mx.stream(mx.cpu):
+            posteriors, cache = self.encoder(mx.array(features), cache or self._empty_cache())
+            silence = posteriors[:, 0]
+            mx.eval(silence, cache)
         return np.array(silence), cache
 
     def _empty_cache(self) -> Cache:

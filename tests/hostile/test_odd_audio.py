@@ -6,6 +6,7 @@ None prints anything, opens another file, or makes time and memory grow with wha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import struct
@@ -288,6 +289,17 @@ def test_a_day_in_a_few_bytes_is_refused_unread(tmp_path: Path) -> None:
     with pytest.raises(AudioError, match="hours long"):
         open_audio(path)
     assert probe(path).declared_seconds == pytest.approx(0x7FFF_0000 / 16_000)
+
+
+@pytest.mark.parametrize("size", [-2, 2**55, 2**63 - 1])
+def test_a_chunk_that_ends_beyond_any_file(tmp_path: Path, size: int) -> None:
+    """FFmpeg seeks there; PyAV prints what the file object raises, unless it raises nothing."""
+    path = encode(tmp_path / "x.caf", "caf", "alac", [noise(1.0)])
+    content = path.read_bytes()
+    place = content.index(b"chan") + 4
+    content = content[:place] + struct.pack(">q", size) + content[place + 8 :]
+    with contextlib.suppress(AudioError):
+        read(write(path, content))
 
 
 def test_a_flac_that_declares_days(tmp_path: Path) -> None:
