@@ -288,7 +288,7 @@ class PyavDecoder:
             if packet is None:
                 break
             failures = 0
-            if packet.size > 0:  # an empty one would end the decoding
+            if packet.size > 0:  # PyAV's mark of the end is empty, and so are some damaged ones
                 yield packet
         yield None
 

@@ -13,54 +13,77 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from funasr_batch.errors import FunasrBatchError, UsageError
+from funasr_batch.errors import FunasrBatchError, StorageError, UsageError
 
 if TYPE_CHECKING:
+    from funasr_batch.config import Layers
     from funasr_batch.flags import Flags
-    from funasr_batch.run.pipeline import Task
     from funasr_batch.run.progress import Reporter
     from funasr_batch.run.stopping import StopRequest
     from funasr_batch.settings import Settings
-    from funasr_batch.sources import SourceList
 
 RESERVED: Final = ("models", "status", "render", "verify", "evaluate", "benchmark")
 """First words kept for commands of later versions; a folder of that name is given as ./models."""
 
-INTERNAL_ERROR: Final = 70
+INTERNAL_ERROR: Final = FunasrBatchError.exit_code
+
+STOPPING: Final = b"funasr-batch: finishing the batch in hand; once more ends at once\n"
+SHOW_CURSOR: Final = b"\x1b[?25h"
 
 
 def run_command(arguments: Sequence[str]) -> int:
     """Runs one command line and returns the exit code of the process."""
     try:
-        if arguments[:1] == ["doctor"]:
-            return _doctor(arguments[1:])
-        if arguments and arguments[0] in RESERVED:
-            raise UsageError(
-                f"the command {arguments[0]!r} is not in this version",
-                hint=f"A folder of that name is given as ./{arguments[0]}",
-            )
-        return _transcribe(arguments)
+        return _dispatch(arguments)
     except FunasrBatchError as error:
-        _complain(str(error))
-        if error.hint:
-            _complain(error.hint)
+        _complain(str(error), error.hint)
         return error.exit_code
-    except BrokenPipeError:
-        # Whoever read our output has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has seen enough
         return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception:
+    except Exception as error:
         import traceback
 
         traceback.print_exc()
-        _complain("internal error; what is finished is kept. Please report the lines above.")
+        _complain(
+            f"internal error: {type(error).__name__}",
+            "What is finished is kept. Please report the lines above.",
+        )
         return INTERNAL_ERROR
 
 
-def _complain(text: str) -> None:
-    print(f"funasr-batch: {text}".encode(errors="replace").decode(), file=sys.stderr)
+def _dispatch(arguments: Sequence[str]) -> int:
+    match arguments:
+        case ["doctor", *rest]:
+            return _doctor(rest)
+        case [word, *_] if word in RESERVED:
+            raise UsageError(
+                f"the command {word!r} is not in this version",
+                hint=f"A folder of that name is given as ./{word}",
+            )
+    return _transcribe(arguments)
+
+
+def _complain(message: str, hint: str | None) -> None:
+    from funasr_batch.run.progress import displayable
+
+    for text in filter(None, (message, hint)):
+        for line in text.splitlines():
+            with contextlib.suppress(OSError):
+                print(f"funasr-batch: {displayable(line)}", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    """Text to stdout, at once. Raises StorageError when it cannot be kept."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is still buffered would be tried again, and complained about, at the process's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def _doctor(arguments: Sequence[str]) -> int:
@@ -68,7 +91,8 @@ def _doctor(arguments: Sequence[str]) -> int:
         raise UsageError(f"doctor takes no arguments, not {arguments[0]!r}")
     from funasr_batch.doctor import examine
 
-    print("\n".join(examine()))
+    for line in examine():
+        _print(line)
     return 0
 
 
@@ -79,52 +103,45 @@ def _transcribe(arguments: Sequence[str]) -> int:
     flags = parse_flags(arguments)
     layers = load_layers(flags.config, flags.values)
     if flags.print_config:
-        return _print_config(flags)
+        _print(_at_first_input(layers, flags).describe().removesuffix("\n"))
+        return 0
+    return _run(flags, layers)
+
+
+def _at_first_input(layers: Layers, flags: Flags) -> Layers:
+    """The layers that hold for the first path, whose folder may have a configuration."""
+    from pathlib import Path
+
+    if not flags.paths:
+        return layers
+    path = Path(flags.paths[0])
+    return layers.at_root(path if path.is_dir() else path.parent)
+
+
+def _run(flags: Flags, layers: Layers) -> int:
+    from funasr_batch.run.pipeline import Task, run
+    from funasr_batch.run.stopping import StopRequest
     from funasr_batch.sources import find_sources
+    from funasr_batch.weights.hub import default_cache_dir
 
-    found = find_sources(flags.paths, layers.settings, from_file=flags.from_file)
-    roots = {source.root: layers.at_root(source.root) for source in found.sources}
-    from funasr_batch.run.pipeline import Task
-
+    settings = layers.settings
+    found = find_sources(flags.paths, settings, from_file=flags.from_file)
+    roots = {root: layers.at_root(root) for root in {source.root for source in found.sources}}
     tasks = [
         Task(source, roots[source.root].for_source(source.relative)) for source in found.sources
     ]
-    return _run(tasks, found, layers.settings, flags.verbose)
-
-
-def _print_config(flags: Flags) -> int:
-    """The merged settings; with those of the first input folder when there is one."""
-    from pathlib import Path
-
-    from funasr_batch.config import load_layers
-
-    layers = load_layers(flags.config, flags.values)
-    for path in map(Path, flags.paths):
-        folder = path if path.is_dir() else path.parent
-        layers = layers.at_root(folder)
-        break
-    sys.stdout.write(layers.describe())
-    return 0
-
-
-def _run(tasks: Sequence[Task], found: SourceList, settings: Settings, verbose: bool) -> int:
-    from funasr_batch.run.pipeline import run
-    from funasr_batch.run.stopping import StopRequest
-    from funasr_batch.weights.hub import default_cache_dir
-
     stop = StopRequest()
     with _reporter(settings) as reporter, _stopping_on_signals(stop):
-        for omission in found.skipped if verbose else ():
-            reporter.warning(f"{omission.path}: {omission.reason}")
+        for omission in found.skipped if flags.verbose else ():
+            reporter.warning(f"left out: {omission.path}: {omission.reason}")
         summary = run(
             tasks,
             [(omission.path, omission.reason) for omission in found.failed],
             reporter=reporter,
             stop=stop,
-            cache_dir=default_cache_dir(),
+            cache_dir=settings.cache_dir or default_cache_dir(),
         )
-        reporter.run_finished(summary)
-        return summary.exit_code
+    return summary.exit_code
 
 
 @contextlib.contextmanager
@@ -150,15 +167,25 @@ def _reporter(settings: Settings) -> Iterator[Reporter]:
 def _stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     """INT, TERM and HUP end the run after the batch in hand; the second one ends it at once.
 
-    Ending at once is safe: files are only ever renamed into place whole.
+    Ending at once is safe: files are only ever renamed into place whole. A signal that the parent
+    had ignored, as `nohup` does with HUP, stays ignored.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.signal:
+            if os.isatty(2):
+                os.write(2, SHOW_CURSOR)  # the live display has hidden it
             os._exit(128 + number)
         stop.set(number)
+        with contextlib.suppress(OSError):
+            # Not through sys.stderr, which the signal may have interrupted in the middle of a line.
+            os.write(2, STOPPING)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, handle) for number in signals}
     try:
         yield

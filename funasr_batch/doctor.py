@@ -42,7 +42,11 @@ def _device(blas: Blas, advice: list[str]) -> Iterator[str]:
         import mlx.core as mx
     except ImportError as error:
         yield _line("MLX", f"cannot be imported: {error}")
-        advice.append("MLX is missing or does not fit this system: pip install --force mlx")
+        package = "mlx" if sys.platform == "darwin" else "'mlx[cpu]'"
+        advice.append(
+            "MLX is missing or does not fit this system: "
+            f"pip install --force-reinstall {package}"
+        )
         return
     yield _line("MLX", f"{_version('mlx')}, on the {mx.default_device().type.name}")
     if mx.default_device().type == mx.cpu and sys.platform == "linux":

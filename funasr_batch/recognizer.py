@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,13 +105,13 @@ class Recognizer:
     info: ModelInfo
     device: str
     dtype: str
-    frontend: FrontEnd
-    tokens: tuple[str, ...]
-    policy: SegmentPolicy
-    new_vad: Callable[[], VoiceActivityStream] | None
+    frontend: FrontEnd = field(repr=False)
+    tokens: tuple[str, ...] = field(repr=False)
+    policy: SegmentPolicy = field(repr=False)
+    new_vad: Callable[[], VoiceActivityStream] | None = field(repr=False)
     """Makes the VAD of one recording; None for overlapping windows without a VAD."""
-    decoding: ParaformerDecoding
-    settings: Settings
+    decoding: ParaformerDecoding = field(repr=False)
+    settings: Settings = field(repr=False)
 
     def cutter(self) -> Cutter:
         """A fresh cutter for one recording."""
@@ -214,7 +214,7 @@ def load_recognizer(files: ModelFiles, settings: Settings) -> Recognizer:
 
 
 def load(
-    model: str = "paraformer", *, cache_dir: Path | None = None, **settings: object
+    model: str | Path = "paraformer", *, cache_dir: Path | None = None, **settings: object
 ) -> Recognizer:
     """Loads a model by name or folder: `load("sample-paraformer").transcribe("talk.wav").text`.
 
@@ -223,7 +223,7 @@ def load(
     """
     from funasr_batch.weights.hub import default_cache_dir
 
-    chosen = Settings(model=model, **settings)  # type: ignore[arg-type]
+    chosen = Settings(model=str(model), **settings)  # type: ignore[arg-type]
     return load_recognizer(find_model(chosen, cache_dir or default_cache_dir()), chosen)
 
 

@@ -18,12 +18,15 @@ def render(transcript: Transcript, settings: Settings) -> dict[str, bytes]:
 
 
 def cue_style(settings: Settings, text: str) -> CueStyle:
-    """The named style, or the one of the text's script, with the limits that were set apart."""
+    """The named style, or the one of the text's script, with the limits that were set apart.
+
+    `max_line_width` and `max_cps` count in the style's own unit: Chinese characters in a Chinese
+    style, Latin ones in the others.
+    """
     auto = settings.subtitle_style == "auto"
     style = style_for(text) if auto else STYLES[settings.subtitle_style]
     limits: dict[str, Any] = {
-        # The flag counts columns of a terminal, a style its own unit.
-        "max_line_width": _times(settings.max_line_width, style.half_width),
+        "max_line_width": settings.max_line_width,
         "max_line_count": settings.max_line_count,
         "max_cps": settings.max_cps,
         "min_duration_ms": _milliseconds(settings.min_duration),
@@ -31,10 +34,6 @@ def cue_style(settings: Settings, text: str) -> CueStyle:
         "min_gap_ms": _milliseconds(settings.min_gap),
     }
     return replace(style, **{name: limit for name, limit in limits.items() if limit is not None})
-
-
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
 
 
 def _milliseconds(seconds: float | None) -> int | None:

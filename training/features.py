@@ -64,16 +64,16 @@ def augment_mel(mel: mx.array, key: mx.array) -> mx.array:
     share = position - left
     mel = mel + (curve[:, left] * (1 - share) + curve[:, left + 1] * share)[:, None, :]
     mean = mx.mean(mel, axis=(1, 2), keepdims=True)
-    mel = mx.where(_masks(batch, bins, 12, keys[1])[:, None, :], mean, mel)
-    return mx.where(_masks(batch, frames, 14, keys[2])[:, :, None], mean, mel)
+    mel = mx.where(_masks(batch, bins, 10, keys[1])[:, None, :], mean, mel)
+    return mx.where(_masks(batch, frames, 8, keys[2])[:, :, None], mean, mel)
 
 
 def _warp_frequencies(mel: mx.array, key: mx.array) -> mx.array:
-    """Reads each item's bins at positions scaled by 0.88 to 1.12 and shifted by up to 2 bins."""
+    """Reads each item's bins at positions scaled by 0.9 to 1.1 and shifted by up to 2 bins."""
     batch, _, bins = mel.shape
     draw = mx.random.uniform(-1, 1, (2, batch, 1), key=key)
     position = mx.clip(
-        mx.arange(bins)[None, :] * (1 + 0.12 * draw[0]) + 2 * draw[1], 0, bins - 1.001
+        mx.arange(bins)[None, :] * (1 + 0.1 * draw[0]) + 2 * draw[1], 0, bins - 1.001
     )
     left = mx.floor(position).astype(mx.int32)
     share = (position - left)[:, None, :]

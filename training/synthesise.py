@@ -48,7 +48,7 @@ TRAIN_VARIANTS = (
 """The others but for whispers, robots with echoes and those whose spectra correlate least with the
 average voice (Alicia, Demonic, Lee, Marco, UniRobot, kaukovalta, norbert, shelby, zac)."""
 
-KINDS: dict[Kind, float] = {"zh": 0.46, "en": 0.42, "mixed": 0.12}
+KINDS: dict[Kind, float] = {"zh": 0.36, "en": 0.46, "mixed": 0.18}
 SENTENCE_COUNTS = {1: 0.72, 2: 0.2, 3: 0.06, 4: 0.02}
 RANDOM_WORDS = 0.22
 """Part of the training sentences that are words without grammar."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from funasr_batch.decoding.cif import token_counts, token_weights
+from funasr_batch.errors import RecognitionError
 from funasr_batch.models.layers import length_mask
 from funasr_batch.models.paraformer import (
     UNUSED_PREFIXES,
@@ -55,7 +56,11 @@ class ParaformerDecoding:
     """Ids that never become text: `<blank>`, `<s>`, `</s>`."""
 
     def recognise(self, batch: Sequence[FloatArray]) -> BatchResult:
-        """Recognises features, each float32 [L_i, 560]; any order, any lengths of at least 1."""
+        """Recognises features, each float32 [L_i, 560]; any order, any lengths of at least 1.
+
+        Raises RecognitionError when the network's numbers are not finite: a NaN would otherwise
+        pass for silence.
+        """
         started = time.perf_counter()
         features, lengths = _pad(batch)
         frames = mx.array(lengths)
@@ -67,11 +72,13 @@ class ParaformerDecoding:
         encoded = time.perf_counter()
 
         weights = np.array(alphas)
+        _require_finite(weights)
         counts = token_counts(weights, self.tail_threshold)
         if counts.max() < 1:
             recognitions = tuple(EMPTY for _ in batch)
         else:
             ids, confidences = self._decode(memory, mask, weights, counts)
+            _require_finite(confidences)
             recognitions = tuple(
                 self._recognition(*item)
                 for item in zip(ids, confidences, counts, np.array(timing), lengths, strict=True)
@@ -147,6 +154,11 @@ def load_paraformer(
     model.load_weights(weights, strict=True)
     mx.eval(model.parameters())
     return ParaformerDecoding(model, config.tail_threshold, dropped_ids)
+
+
+def _require_finite(values: FloatArray) -> None:
+    if not np.isfinite(values).all():
+        raise RecognitionError("the network's output is not finite")
 
 
 def _rescaled(weights: FloatArray, count: int) -> FloatArray:

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -100,6 +100,7 @@ def transcribe_jobs(
 
     `workers` is the number of recordings read at the same time. When `stop` is set, the iterator
     ends after the batch in hand, and recordings that are not finished are not mentioned again.
+    What `jobs` itself raises is raised here.
     """
     stop = stop or StopRequest()
     workers = workers or _default_workers()
@@ -117,6 +118,8 @@ def transcribe_jobs(
             match event:
                 case None:
                     reading -= 1
+                case Exception():
+                    raise event
                 case FileOpened(job, clock, started):
                     files[job] = _File(clock, started)
                     yield Started(job)
@@ -151,7 +154,10 @@ def transcribe_paths(
 
 def transcribe_array(samples: FloatArray, recognizer: Recognizer) -> Transcript:
     """Transcribes mono float32 samples at 16 kHz. Raises FileError when that fails."""
-    for event in transcribe_jobs([Job(samples)], recognizer, workers=1):
+    batch_seconds = recognizer.settings.batch_seconds
+    for event in transcribe_jobs(
+        [Job(samples)], recognizer, workers=1, batch_seconds=batch_seconds
+    ):
         if isinstance(event, Finished):
             return event.transcript
         if isinstance(event, Failed):
@@ -189,14 +195,20 @@ def _batch_policy(recognizer: Recognizer, batch_seconds: float | None) -> BatchP
 @contextmanager
 def _readers(
     jobs: Iterator[Job], recognizer: Recognizer, workers: int, stop: StopRequest
-) -> Iterator[queue.Queue[ReadEvent | None]]:
-    """Threads that read jobs into a bounded queue; None marks the end of each."""
-    events: queue.Queue[ReadEvent | None] = queue.Queue(READ_AHEAD)
+) -> Iterator[queue.Queue[ReadEvent | Exception | None]]:
+    """Threads that read jobs into a bounded queue; None marks the end of each.
+
+    An exception in the queue is one that `jobs` raised.
+    """
+    events: queue.Queue[ReadEvent | Exception | None] = queue.Queue(READ_AHEAD)
     lock = threading.Lock()
     abandoned = threading.Event()
 
-    def emit(event: ReadEvent | None) -> None:
-        while not (stop.is_set() or abandoned.is_set()):
+    def is_over() -> bool:
+        return stop.is_set() or abandoned.is_set()
+
+    def emit(event: ReadEvent | Exception | None) -> None:
+        while not is_over():
             try:
                 return events.put(event, timeout=0.2)
             except queue.Full:
@@ -204,15 +216,16 @@ def _readers(
         raise StoppedError
 
     def work() -> None:
-        try:
+        with suppress(StoppedError):
             while True:
-                with lock:
-                    job = next(jobs, None)
+                try:
+                    with lock:
+                        job = next(jobs, None)
+                except Exception as error:
+                    return emit(error)
                 if job is None:
                     return emit(None)
-                read(job, recognizer, emit)
-        except StoppedError:
-            pass
+                read(job, recognizer, emit, is_over)
 
     threads = [threading.Thread(target=work, name=f"reader-{n}") for n in range(workers)]
     for thread in threads:

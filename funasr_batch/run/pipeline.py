@@ -7,19 +7,20 @@ one is taken up, so a run can be killed at any time and loses no more than it ha
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from funasr_batch import __version__
-from funasr_batch.errors import FileError
-from funasr_batch.recognizer import ModelFiles, find_model, load_recognizer
+from funasr_batch.cpu import SLOW_BLAS_ADVICE, prepare_cpu
+from funasr_batch.errors import FileError, FunasrBatchError, StorageError
+from funasr_batch.recognizer import ModelFiles, Recognizer, find_model, load_recognizer
 from funasr_batch.records import Source, Transcript
 from funasr_batch.rendering import render
-from funasr_batch.run.engine import Advanced, Failed, Finished, Started, Unchanged, transcribe_jobs
+from funasr_batch.run.engine import Advanced, Failed, Finished, Started, transcribe_jobs
 from funasr_batch.run.manifest import (
     Decision,
     Manifest,
@@ -34,11 +35,17 @@ from funasr_batch.run.progress import FileResult, Reporter, RunSummary
 from funasr_batch.run.reading import Job
 from funasr_batch.run.stats import FileStats, RunTally, Stage
 from funasr_batch.run.stopping import StopRequest
-from funasr_batch.run.storage import check_writable, lock_output, publish, sweep_temporaries
+from funasr_batch.run.storage import (
+    check_writable,
+    file_digest,
+    lock_output,
+    publish,
+    sweep_temporaries,
+)
 from funasr_batch.settings import Settings, recognition_digest, rendering_digest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Task:
     """A recording with the settings that hold for it."""
 
@@ -75,7 +82,9 @@ def run(
             folder: _open_output(folder, stack, reporter)
             for folder in dict.fromkeys(task.output_folder for task in tasks)
         }
-        return _Run(manifests, reporter, stop, cache_dir).all(tasks, missing)
+        groups = [_prepare(group, manifests, cache_dir) for group in _by_recognition(tasks)]
+        base = Path(os.path.commonpath({task.source.root for task in tasks}))
+        return _Run(tuple(manifests.values()), base, reporter, stop).all(groups, missing)
 
 
 def _open_output(folder: Path, stack: ExitStack, reporter: Reporter) -> Manifest:
@@ -88,196 +97,48 @@ def _open_output(folder: Path, stack: ExitStack, reporter: Reporter) -> Manifest
     return manifest
 
 
-@dataclass(slots=True)
-class _Run:
-    """The state of a run, used by one thread."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Item:
+    """A task and what the run needs beside it."""
 
-    manifests: Mapping[Path, Manifest]
-    reporter: Reporter
-    stop: StopRequest
-    cache_dir: Path
-    tally: RunTally = field(default_factory=RunTally)
-    failures: list[FileResult] = field(default_factory=list)
-    model_load_seconds: float = 0.0
-    begun: int = 0
-    """Recordings that were given to a model."""
+    task: Task
+    want: Wanted
+    manifest: Manifest
 
-    def all(self, tasks: Sequence[Task], missing: Sequence[tuple[Path, str]]) -> RunSummary:
-        started = time.perf_counter()
-        runs = {
-            manifest: manifest.begin_run(__version__, {"recordings": len(tasks)})
-            for manifest in self.manifests.values()
-        }
-        self.reporter.run_started(len(tasks) + len(missing), None)
-        for path, reason in missing:
-            self._report(FileResult(path, "failed", reason=reason))
-        for group in _by_recognition(tasks):
-            if self.stop.is_set():
-                break
-            self._group(group)
-        summary = RunSummary(
-            self.tally.result(
-                wall_seconds=time.perf_counter() - started - self.model_load_seconds,
-                model_load_seconds=self.model_load_seconds,
-            ),
-            tuple(self.failures),
-            exit_code=self._exit_code(),
-        )
-        for manifest, number in runs.items():
-            manifest.end_run(number, summary.stats.as_dict(), summary.exit_code)
-        return summary
+    @property
+    def source(self) -> Source:
+        return self.task.source
 
-    def _exit_code(self) -> int:
-        if self.stop.signal:
-            return 128 + self.stop.signal
-        return 1 if self.failures else 0
 
-    def _group(self, tasks: Sequence[Task]) -> None:
-        """Recordings that the same model recognises with the same settings."""
-        settings = tasks[0].settings
-        files = find_model(settings, self.cache_dir)
-        want = {task: _wanted(task.settings, files) for task in tasks}
-        jobs: dict[Job, Task] = {}
-        for task in tasks:
-            if self.stop.is_set():
-                return
-            job = self._start(task, want[task])
-            if job is not None:
-                jobs[job] = task
-        if not jobs:
-            return
-        loading = time.perf_counter()
-        recognizer = load_recognizer(files, settings)
-        self.model_load_seconds += time.perf_counter() - loading
-        events = transcribe_jobs(
-            self._within_limit(jobs, settings.max_files),
-            recognizer,
-            workers=settings.workers,
-            batch_seconds=settings.batch_seconds,
-            stop=self.stop,
-        )
-        for event in events:
-            task = jobs[event.job]
-            match event:
-                case Started():
-                    self.reporter.file_started(task.source.relative)
-                case Advanced(_, seconds):
-                    self.reporter.file_advanced(task.source.relative, seconds)
-                case Finished(_, transcript, stats):
-                    self._keep(task, want[task], transcript, stats)
-                case Unchanged():
-                    self._same_content(task, want[task])
-                case Failed(_, error, stage):
-                    self._fail(task, want[task], error, stage)
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Recordings that one model recognises with the same settings."""
 
-    def _within_limit(self, jobs: Iterable[Job], most: int | None) -> list[Job]:
-        """As many jobs as `max_files` leaves for this group."""
-        chosen = list(islice(jobs, None if most is None else max(0, most - self.begun)))
-        self.begun += len(chosen)
-        return chosen
-
-    def _start(self, task: Task, want: Wanted) -> Job | None:
-        """What is to be read; None when the recording is finished without that."""
-        manifest = self.manifests[task.output_folder]
-        decision = self._decide(task, want)
-        audio, settings = task.source.path, task.settings
-        match decision.action:
-            case "skip":
-                self._skip(task, decision.reason)
-                return None
-            case "render" if self._render(task, want):
-                return None
-            case "hash" if self._can_be_finished(task, want):
-                entry = manifest.lookup(task.source)
-                sha256 = entry.content_sha256 if entry else None
-                return Job(audio, sha256, settings.channel, settings.track)
-        return Job(audio, None, settings.channel, settings.track)
-
-    def _can_be_finished(self, task: Task, want: Wanted) -> bool:
-        """Whether nothing needs recognition if the content is still the same."""
-        manifest = self.manifests[task.output_folder]
-        entry = manifest.lookup(task.source)
-        decision = self._decide(task, want, entry.content_sha256 if entry else None)
-        return decision.action == "skip" or manifest.transcript(task.source) is not None
-
-    def _decide(self, task: Task, want: Wanted, content_sha256: str | None = None) -> Decision:
-        if task.settings.overwrite:
-            return Decision("transcribe", "to be redone")
-        entry = self.manifests[task.output_folder].lookup(task.source)
-        intact = entry is not None and outputs_intact(entry, task.outputs)
-        return decide(task.source, entry, want, intact, content_sha256)
-
-    def _keep(self, task: Task, want: Wanted, transcript: Transcript, stats: FileStats) -> None:
-        """Writes the outputs of a new transcript and then enters it in the manifest."""
-        manifest = self.manifests[task.output_folder]
-        writing = time.perf_counter()
-        try:
-            outputs = _publish(task, transcript)
-        except FileError as error:
-            self._fail(task, want, error, "write")
-            return
-        manifest.record_done(task.source, want, transcript, outputs)
-        stages: dict[Stage, float] = {
-            **stats.stages,
-            "write": time.perf_counter() - writing,
-        }
-        reason = "; ".join(transcript.warnings) or None
-        self._report(
-            FileResult(
-                task.source.relative, transcript.status, replace(stats, stages=stages), reason
-            )
-        )
-
-    def _render(self, task: Task, want: Wanted) -> bool:
-        """Writes outputs from the kept transcript; False when there is none after all."""
-        manifest = self.manifests[task.output_folder]
-        transcript = manifest.transcript(task.source)
-        if transcript is None:
-            return False
-        try:
-            outputs = _publish(task, transcript)
-        except FileError as error:
-            self._fail(task, want, error, "write")
-            return True
-        manifest.record_rendered(task.source, want, outputs)
-        self._report(FileResult(task.source.relative, "rendered"))
-        return True
-
-    def _same_content(self, task: Task, want: Wanted) -> None:
-        """Its time stamps had changed, its content had not."""
-        manifest = self.manifests[task.output_folder]
-        entry = manifest.lookup(task.source)
-        manifest.record_same_content(task.source)
-        sha256 = entry.content_sha256 if entry else None
-        decision = self._decide(task, want, sha256)
-        if decision.action == "render" and self._render(task, want):
-            return
-        self._skip(task, "same content as before")
-
-    def _skip(self, task: Task, reason: str) -> None:
-        self._report(FileResult(task.source.relative, "skipped", reason=reason))
-
-    def _fail(self, task: Task, want: Wanted, error: FileError, stage: Stage) -> None:
-        manifest = self.manifests[task.output_folder]
-        manifest.record_failed(task.source, want, task.settings.model, error, stage)
-        reason = str(error) if error.hint is None else f"{error} ({error.hint})"
-        self._report(FileResult(task.source.relative, "failed", reason=reason))
-        if task.settings.fail_fast:
-            self.stop.set()
-
-    def _report(self, result: FileResult) -> None:
-        self.tally.add(result.outcome, result.stats)
-        if result.outcome in ("failed", "partial"):
-            self.failures.append(result)
-        self.reporter.file_finished(result)
+    files: ModelFiles
+    settings: Settings
+    items: Sequence[_Item]
 
 
 def _by_recognition(tasks: Iterable[Task]) -> list[list[Task]]:
     """Tasks grouped by what recognises them, so that one model is in memory at a time."""
+    digests = {settings: recognition_digest(settings) for settings in _settings_of(tasks)}
     groups: dict[str, list[Task]] = {}
     for task in tasks:
-        groups.setdefault(recognition_digest(task.settings), []).append(task)
+        groups.setdefault(digests[task.settings], []).append(task)
     return list(groups.values())
+
+
+def _prepare(tasks: Sequence[Task], manifests: Mapping[Path, Manifest], cache_dir: Path) -> _Group:
+    settings = tasks[0].settings
+    files = find_model(settings, cache_dir)
+    wants = {settings: _wanted(settings, files) for settings in _settings_of(tasks)}
+    items = [_Item(task, wants[task.settings], manifests[task.output_folder]) for task in tasks]
+    return _Group(files, settings, items)
+
+
+def _settings_of(tasks: Iterable[Task]) -> set[Settings]:
+    """Few different ones stand for very many recordings, so digests are made once for each."""
+    return {task.settings for task in tasks}
 
 
 def _wanted(settings: Settings, files: ModelFiles) -> Wanted:
@@ -289,11 +150,199 @@ def _wanted(settings: Settings, files: ModelFiles) -> Wanted:
     )
 
 
+@dataclass(slots=True)
+class _Run:
+    """The state of a run, used by one thread."""
+
+    manifests: Sequence[Manifest]
+    base: Path
+    """The folder that all inputs have in common; recordings are named from there."""
+    reporter: Reporter
+    stop: StopRequest
+    tally: RunTally = field(default_factory=RunTally)
+    failures: list[FileResult] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    model_load_seconds: float = 0.0
+    begun: int = 0
+    """Recordings that were given to a model."""
+
+    def all(self, groups: Sequence[_Group], missing: Sequence[tuple[Path, str]]) -> RunSummary:
+        files = sum(len(group.items) for group in groups) + len(missing)
+        about = {"recordings": files}
+        runs = [manifest.begin_run(__version__, about) for manifest in self.manifests]
+        self.reporter.run_started(files, None)
+        try:
+            self._missing(missing, groups[0].settings)
+            for group in groups:
+                self._group(group)
+        except BaseException as error:
+            self.stop.set()  # for the readers
+            code = (error if isinstance(error, FunasrBatchError) else FunasrBatchError).exit_code
+            with suppress(StorageError):  # what ended the run says more
+                self._end(runs, files, code)
+            raise
+        return self._end(runs, files, self._exit_code())
+
+    def _end(self, runs: Sequence[int], files: int, exit_code: int) -> RunSummary:
+        loading = self.model_load_seconds
+        stats = self.tally.result(
+            wall_seconds=time.perf_counter() - self.started - loading, model_load_seconds=loading
+        )
+        summary = RunSummary(stats, tuple(self.failures), exit_code, left=files - stats.files)
+        self.reporter.run_finished(summary)
+        for manifest, number in zip(self.manifests, runs, strict=True):
+            manifest.end_run(number, stats.as_dict(), exit_code)
+        return summary
+
+    def _exit_code(self) -> int:
+        if self.stop.signal:
+            return 128 + self.stop.signal
+        return 1 if self.failures else 0
+
+    def _missing(self, missing: Sequence[tuple[Path, str]], settings: Settings) -> None:
+        for path, reason in missing:
+            self._report(FileResult(path, "failed", reason=reason))
+            if settings.fail_fast:
+                self.stop.set()
+                break
+
+    def _group(self, group: _Group) -> None:
+        jobs = self._plan(group)
+        if not jobs or self.stop.is_set():
+            return
+        recognizer = self._load(group)
+        settings = group.settings
+        events = transcribe_jobs(
+            jobs,
+            recognizer,
+            workers=settings.workers,
+            batch_seconds=settings.batch_seconds,
+            stop=self.stop,
+        )
+        for event in events:
+            item = jobs[event.job]
+            match event:
+                case Started():
+                    self.reporter.file_started(self._shown(item))
+                case Advanced(_, seconds):
+                    self.reporter.file_advanced(self._shown(item), seconds)
+                case Finished(_, transcript, stats):
+                    self._keep(item, transcript, stats)
+                case Failed(_, error, stage):
+                    self._fail(item, error, stage)
+
+    def _plan(self, group: _Group) -> dict[Job, _Item]:
+        """What is left to recognise; all else is finished here."""
+        settings = group.settings
+        jobs: dict[Job, _Item] = {}
+        for item in group.items:
+            if self.stop.is_set():
+                break
+            if not self._needs_recognition(item) or self.begun == settings.max_files:
+                continue
+            jobs[Job(item.source.path, channel=settings.channel, track=settings.track)] = item
+            self.begun += 1
+        return jobs
+
+    def _load(self, group: _Group) -> Recognizer:
+        started = time.perf_counter()
+        blas = prepare_cpu()
+        recognizer = load_recognizer(group.files, group.settings)
+        if recognizer.device == "cpu" and not blas.is_fast and not self.model_load_seconds:
+            self.reporter.warning(SLOW_BLAS_ADVICE)
+        self.model_load_seconds += time.perf_counter() - started
+        return recognizer
+
+    def _needs_recognition(self, item: _Item) -> bool:
+        """Whether a recording must be recognised; if not, it is finished on the way."""
+        decision = self._decide(item)
+        if decision.action == "hash":
+            try:
+                decision = self._compare_content(item)
+            except FileError as error:
+                self._fail(item, error, "decode")
+                return False
+        match decision.action:
+            case "skip":
+                self._report(FileResult(self._shown(item), "skipped", reason=decision.reason))
+                return False
+            case "render":
+                return not self._render(item)
+        return True
+
+    def _compare_content(self, item: _Item) -> Decision:
+        """Its time or place changed: the decision once its content is known."""
+        decision = self._decide(item, file_digest(item.source.path))
+        if decision.action != "transcribe":
+            item.manifest.record_same_content(item.source)
+        return decision
+
+    def _decide(self, item: _Item, content_sha256: str | None = None) -> Decision:
+        if item.task.settings.overwrite:
+            return Decision("transcribe", "to be redone")
+        entry = item.manifest.lookup(item.source)
+        intact = entry is not None and outputs_intact(entry, item.task.outputs)
+        return decide(item.source, entry, item.want, intact, content_sha256)
+
+    def _keep(self, item: _Item, transcript: Transcript, stats: FileStats) -> None:
+        """Writes the outputs of a new transcript and then enters it in the manifest."""
+        writing = time.perf_counter()
+        try:
+            outputs = _publish(item.task, transcript)
+        except FileError as error:
+            self._fail(item, error, "write")
+            return
+        item.manifest.record_done(item.source, item.want, transcript, outputs)
+        stages: dict[Stage, float] = {**stats.stages, "write": time.perf_counter() - writing}
+        stats = replace(stats, stages=stages)
+        reason = "; ".join(transcript.warnings) or None
+        self._report(FileResult(self._shown(item), transcript.status, stats, reason))
+
+    def _render(self, item: _Item) -> bool:
+        """Writes outputs from the kept transcript; False when there is none after all."""
+        transcript = item.manifest.transcript(item.source)
+        if transcript is None:
+            return False
+        try:
+            outputs = _publish(item.task, transcript)
+        except FileError as error:
+            self._fail(item, error, "write")
+            return True
+        item.manifest.record_rendered(item.source, item.want, outputs)
+        self._report(FileResult(self._shown(item), "rendered"))
+        return True
+
+    def _fail(self, item: _Item, error: FileError, stage: Stage) -> None:
+        settings = item.task.settings
+        item.manifest.record_failed(item.source, item.want, settings.model, error, stage)
+        # The report names the recording already.
+        message = str(error).removeprefix(f"{item.source.path}: ")
+        reason = f"{message}. {error.hint}" if error.hint else message
+        self._report(FileResult(self._shown(item), "failed", reason=reason))
+        if settings.fail_fast:
+            self.stop.set()
+
+    def _report(self, result: FileResult) -> None:
+        self.tally.add(result.outcome, result.stats)
+        if result.outcome in ("failed", "partial"):
+            self.failures.append(result)
+        self.reporter.file_finished(result)
+
+    def _shown(self, item: _Item) -> PurePath:
+        return item.source.path.relative_to(self.base)
+
+
 def _publish(task: Task, transcript: Transcript) -> list[Output]:
-    """Writes all outputs of a recording together. Raises StorageError."""
-    contents = render(transcript, task.settings)
-    outputs = task.outputs
+    """Writes all outputs of a recording together. Raises StorageError, and FileError when only
+    this recording's cannot be written."""
+    try:
+        contents = render(transcript, task.settings)
+    except Exception as error:  # a fault of ours costs one recording, like one of its own
+        kind = type(error).__name__
+        raise FileError(
+            f"its transcript cannot be laid out ({kind}: {error})", hint="Please report this."
+        ) from error
     # JSON first: who sees a subtitle finds the JSON beside it.
     order = sorted(contents, key=lambda name: name != "json")
-    publish({outputs[name]: contents[name] for name in order})
-    return [describe_output(name, outputs[name], data) for name, data in contents.items()]
+    publish({task.outputs[name]: contents[name] for name in order})
+    return [describe_output(name, task.outputs[name], data) for name, data in contents.items()]

@@ -49,6 +49,8 @@ class RunSummary:
     failures: tuple[FileResult, ...]
     """The failed and the partial recordings."""
     exit_code: int
+    left: int = 0
+    """Recordings that the run did not come to: it was stopped, or had a limit."""
 
 
 class Reporter(Protocol):
@@ -277,9 +279,12 @@ class EventLog:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises `StorageError` when the file cannot be opened."""
+        """`-` is stdout. Raises `StorageError` when the file cannot be opened."""
         try:
-            file = path.open("a", encoding="utf-8")
+            if path == Path("-"):
+                file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+            else:
+                file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"cannot write events to {path}: {error.strerror}") from error
         self._file = TolerantStream(file)
@@ -423,16 +428,18 @@ def format_seconds(seconds: float) -> str:
 
 def summary_lines(summary: RunSummary) -> list[str]:
     """The table at the end as plain lines; one line when there was nothing to do."""
-    if set(summary.stats.outcomes) <= {"skipped"}:
+    if set(summary.stats.outcomes) <= {"skipped"} and not summary.left:
         return [f"nothing to do: {summary.stats.files:,} done before"]
-    rows = _summary_rows(summary.stats)
+    rows = _summary_rows(summary)
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows] + _failure_lines(summary)
 
 
-def _summary_rows(stats: RunStats) -> list[tuple[str, str]]:
-    work = stats.work
+def _summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
+    stats, work = summary.stats, summary.stats.work
     rows = [("files", _counts(stats))]
+    if summary.left:
+        rows.append(("left", f"{summary.left:,} for the next run"))
     if work.audio_seconds > 0:
         rows.append(("audio", format_seconds(work.audio_seconds)))
     rows.append(("time", f"{format_seconds(work.wall_seconds)}{_model_load(stats)}"))
@@ -462,7 +469,7 @@ def _summary_table(summary: RunSummary) -> Table:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
-    for name, value in _summary_rows(summary.stats):
+    for name, value in _summary_rows(summary):
         table.add_row(name, value)
     return table
 

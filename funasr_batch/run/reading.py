@@ -80,36 +80,50 @@ class ReadFailed:
 
 
 class StoppedError(Exception):
-    """Raised by an `Emit` when the run is over and nobody is left to read for."""
+    """Raised by an `Emit`, or between two blocks, when nobody is left to read for."""
 
 
 ReadEvent: TypeAlias = FileOpened | ClipRead | FileRead | FileUnchanged | ReadFailed
 Emit: TypeAlias = Callable[[ReadEvent], None]
+IsOver: TypeAlias = Callable[[], bool]
 
 
-def read(job: Job, recognizer: Recognizer, emit: Emit) -> None:
-    """Reads one recording to its end. What goes wrong with it is emitted, never raised."""
+def read(job: Job, recognizer: Recognizer, emit: Emit, is_over: IsOver) -> None:
+    """Reads one recording to its end. What goes wrong with it is emitted, never raised.
+
+    Raises StoppedError when `is_over` says so: hours of silence emit nothing for a long time.
+    """
     clock = StageClock()
     emit(FileOpened(job, clock, time.perf_counter()))
     try:
         if isinstance(job.audio, Path):
-            emit(_read_file(job, job.audio, recognizer, clock, emit))
+            emit(_read_file(job, job.audio, recognizer, clock, emit, is_over))
         else:
-            emit(_read_array(job, job.audio, recognizer, clock, emit))
+            emit(_read_array(job, job.audio, recognizer, clock, emit, is_over))
     except FileError as error:
         emit(ReadFailed(job, error, "decode"))
     except StoppedError:
         raise
     except OSError as error:
-        emit(ReadFailed(job, AudioError(f"cannot be read: {error.strerror or error}"), "decode"))
+        reason = f"{_blamed(job)}cannot be read: {error.strerror or error}"
+        emit(ReadFailed(job, AudioError(reason), "decode"))
     except Exception as error:
         # A decoder's bug costs one recording, like its bad input.
-        kind = type(error).__name__
-        emit(ReadFailed(job, AudioError(f"decoding ended with {kind}: {error}"), "decode"))
+        reason = f"{_blamed(job)}decoding ended with {type(error).__name__}: {error}"
+        emit(ReadFailed(job, AudioError(reason), "decode"))
+
+
+def _blamed(job: Job) -> str:
+    return f"{job.audio}: " if isinstance(job.audio, Path) else ""
 
 
 def _read_file(
-    job: Job, path: Path, recognizer: Recognizer, clock: StageClock, emit: Emit
+    job: Job,
+    path: Path,
+    recognizer: Recognizer,
+    clock: StageClock,
+    emit: Emit,
+    is_over: IsOver,
 ) -> FileRead | FileUnchanged:
     before = _identity(path)
     with clock.measure("decode"):
@@ -117,10 +131,12 @@ def _read_file(
     if sha256 == job.unchanged_sha256:
         return FileUnchanged(job)
     with open_audio(path, channel=job.channel, track=job.track) as stream:
-        segments = _cut(job, _timed(stream, clock), recognizer, clock, emit)
+        segments = _cut(job, _timed(stream, clock), recognizer, clock, emit, is_over)
         report, info = stream.report, stream.info
     if _identity(path) != before:
-        raise UnstableError("changed while it was read", hint="It is tried again in the next run.")
+        raise UnstableError(
+            f"{path}: changed while it was read", hint="It is tried again in the next run."
+        )
     return FileRead(
         job,
         segments,
@@ -131,7 +147,12 @@ def _read_file(
 
 
 def _read_array(
-    job: Job, samples: FloatArray, recognizer: Recognizer, clock: StageClock, emit: Emit
+    job: Job,
+    samples: FloatArray,
+    recognizer: Recognizer,
+    clock: StageClock,
+    emit: Emit,
+    is_over: IsOver,
 ) -> FileRead:
     if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
         raise AudioError(
@@ -139,8 +160,10 @@ def _read_array(
             hint="Give mono floating-point samples at 16 kHz in [-1, 1], shape (n,).",
         )
     samples = np.ascontiguousarray(samples, dtype=np.float32)
+    if not np.isfinite(samples).all():
+        raise AudioError("the array holds samples that are NaN or infinite")
     blocks = (samples[at : at + ARRAY_BLOCK] for at in range(0, len(samples), ARRAY_BLOCK))
-    segments = _cut(job, blocks, recognizer, clock, emit)
+    segments = _cut(job, blocks, recognizer, clock, emit, is_over)
     digest = hashlib.sha256(samples.tobytes()).hexdigest()
     info = SourceInfo("", digest, len(samples) / SAMPLE_RATE, SAMPLE_RATE, 1)
     return FileRead(job, segments, info, partial=False, warnings=())
@@ -152,11 +175,14 @@ def _cut(
     recognizer: Recognizer,
     clock: StageClock,
     emit: Emit,
+    is_over: IsOver,
 ) -> int:
     """Emits the clips of a recording and returns how many there were."""
     cutter = recognizer.cutter()
     count = 0
     for block in chain(blocks, (None,)):
+        if is_over():
+            raise StoppedError
         with clock.measure("vad"):
             clips = cutter.finish() if block is None else cutter.accept(block)
         for clip in clips:
@@ -183,5 +209,5 @@ def _identity(path: Path) -> tuple[int, int, int]:
     try:
         stat = os.stat(path)
     except FileNotFoundError:
-        raise VanishedError("is not there any more") from None
+        raise VanishedError(f"{path}: is not there any more") from None
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
