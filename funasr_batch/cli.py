@@ -45,7 +45,8 @@ def run_command(arguments: Sequence[str]) -> int:
     except Exception as error:
         import traceback
 
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         _complain(
             f"internal error: {type(error).__name__}",
             "What is finished is kept. Please report the lines above.",
@@ -68,10 +69,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def _complain(message: str, hint: str | None) -> None:
     from funasr_batch.run.progress import displayable
 
-    for text in filter(None, (message, hint)):
-        for line in text.splitlines():
-            with contextlib.suppress(OSError):
-                print(f"funasr-batch: {displayable(line)}", file=sys.stderr)
+    lines = [f"funasr-batch: {line}" for line in message.splitlines()]
+    lines += [f"hint: {line}" for line in (hint or "").splitlines()]
+    with contextlib.suppress(OSError):  # nobody reads it
+        print("\n".join(map(displayable, lines)), file=sys.stderr)
 
 
 def _print(text: str) -> None:
@@ -79,8 +80,6 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # What is still buffered would be tried again, and complained about, at the process's end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
     except OSError as error:
         raise StorageError(f"cannot write to standard output: {error.strerror}") from error

@@ -13,6 +13,7 @@ import glob
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,6 +61,37 @@ def load_fast_blas() -> Blas:
             return Blas("mkl" if "mkl" in path else "openblas", path)
     return Blas("reference")
 
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def blas_threads(count: int) -> Iterator[None]:
+    """Limits the threads of a matrix product meanwhile, in the whole process.
+
+    Does nothing where the BLAS has no such setting.
+    """
+    loaded = ctypes.CDLL(None)
+    for getter, setter in _BLAS_THREADS:
+        if hasattr(loaded, setter):
+            before = loaded[getter]()
+            loaded[setter](count)
+            try:
+                yield
+            finally:
+                loaded[setter](before)
+            return
+    yield
+
+
+_BLAS_THREADS = (
+    ("openblas_get_num_threads", "openblas_set_num_threads"),
+    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+)
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MIB = 1 << 20

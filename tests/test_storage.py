@@ -437,7 +437,7 @@ class TestReading:
     def test_digest_of_what_is_not_there_or_not_a_file(self, tmp_path: Path) -> None:
         with pytest.raises(VanishedError, match="any more"):
             file_digest(tmp_path / "x")
-        with pytest.raises(FunasrBatchError, match="cannot read"):
+        with pytest.raises(FunasrBatchError, match="cannot be read"):
             file_digest(tmp_path)
 
     def test_free_bytes_of_a_place_that_does_not_exist_yet(self, tmp_path: Path) -> None:

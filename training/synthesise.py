@@ -79,6 +79,10 @@ class Clip:
     spans: tuple[tuple[Unit, int, int], ...]
 
 
+class UnalignedError(ValueError):
+    """espeak-ng gave no time for the first word of a run."""
+
+
 def draw_speaker(rng: random.Random, split: Split) -> Speaker:
     """A voice and how it speaks; half of them at a usual pitch range and speed."""
     variant = rng.choice(TRAIN_VARIANTS if split == "train" else TEST_VARIANTS)
@@ -143,7 +147,7 @@ def _align(units: tuple[Unit, ...], words: tuple[Word, ...]) -> list[tuple[Unit,
         elif spans:
             spans[-1][2].append(unit)
         else:
-            raise ValueError(f"espeak-ng announced no word for {unit.spoken!r}")
+            raise UnalignedError(f"espeak-ng announced no word for {unit.spoken!r}")
     return [span for start, end, group in spans for span in _share(group, start, end)]
 
 
@@ -253,7 +257,10 @@ def make_shard(job: Job) -> float:
     utterances: list[Utterance] = []
     seconds = 0.0
     while seconds < job.seconds:
-        utterances.append(draw_utterance(corpus, espeak, tokens, rng, job.split))
+        try:
+            utterances.append(draw_utterance(corpus, espeak, tokens, rng, job.split))
+        except UnalignedError:  # about one sentence in a million words
+            continue
         seconds += len(utterances[-1].samples) / SAMPLE_RATE
     shards.write(job.folder, f"{job.split}-{job.number:04d}", utterances)
     return seconds

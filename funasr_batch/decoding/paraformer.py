@@ -7,7 +7,8 @@ shapes of the decoder, and after the decoder.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
+from funasr_batch.cpu import available_cores, blas_threads
 from funasr_batch.decoding.cif import token_counts, token_weights
-from funasr_batch.errors import RecognitionError
+from funasr_batch.errors import CheckpointError, RecognitionError
 from funasr_batch.models.layers import length_mask
 from funasr_batch.models.paraformer import (
     UNUSED_PREFIXES,
@@ -47,6 +49,34 @@ class BatchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class _Lane:
+    """Segments that go through the network together, padded to the longest."""
+
+    places: tuple[int, ...]
+    """Where they stand in the batch."""
+    stream: mx.ThreadLocalStream | mx.Device
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Encoded:
+    lengths: npt.NDArray[np.int32]
+    mask: mx.array | None
+    memory: mx.array
+    alphas: mx.array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decoded:
+    counts: npt.NDArray[np.int64]
+    ids: mx.array
+    """int [B, N], undefined past each count."""
+    confidences: mx.array
+    """float32 [B, N]: the probabilities of `ids`."""
+    timing: mx.array
+    """float32 [B, L] or [B, 3 L]: weights whose peaks date the tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class ParaformerDecoding:
     """What decoding needs besides the batch."""
 
@@ -54,6 +84,8 @@ class ParaformerDecoding:
     tail_threshold: float
     dropped_ids: frozenset[int]
     """Ids that never become text: `<blank>`, `<s>`, `</s>`."""
+    streams: tuple[mx.ThreadLocalStream, ...] = ()
+    """Where segments are recognised side by side. With none, a batch is padded and goes as one."""
 
     def recognise(self, batch: Sequence[FloatArray]) -> BatchResult:
         """Recognises features, each float32 [L_i, 560]; any order, any lengths of at least 1.
@@ -61,67 +93,117 @@ class ParaformerDecoding:
         Raises RecognitionError when the network's numbers are not finite: a NaN would otherwise
         pass for silence.
         """
-        started = time.perf_counter()
+        recognitions = [EMPTY] * len(batch)
+        encode_seconds = decode_seconds = 0.0
+        for lanes in self._rounds(batch):
+            # Lanes side by side share the cores; each product is faster on one than on several.
+            with blas_threads(1) if len(lanes) > 1 else nullcontext():
+                started = time.perf_counter()
+                encoded = self._encode_lanes(lanes, batch)
+                middle = time.perf_counter()
+                decoded = self._decode_lanes(lanes, encoded)
+                for lane, hidden, scored in zip(lanes, encoded, decoded, strict=True):
+                    items = self._recognitions(hidden, scored)
+                    for place, recognition in zip(lane.places, items, strict=True):
+                        recognitions[place] = recognition
+                encode_seconds += middle - started
+                decode_seconds += time.perf_counter() - middle
+        return BatchResult(tuple(recognitions), encode_seconds, decode_seconds)
+
+    def _rounds(self, batch: Sequence[FloatArray]) -> Iterator[list[_Lane]]:
+        """The lanes that run at the same time; segments of like length together."""
+        places = sorted(range(len(batch)), key=lambda place: len(batch[place]))
+        if not self.streams:
+            yield [_Lane(tuple(places), mx.default_device())]
+            return
+        cores = len(self.streams)
+        for first in range(0, len(places), cores):
+            together = places[first : first + cores]
+            lanes = [
+                _Lane((place,), stream)
+                for place, stream in zip(together, self.streams, strict=False)
+            ]
+            if 2 * len(lanes) > cores:
+                yield lanes
+            else:  # too few to keep the cores busy: one by one, with every product on all cores
+                yield from ([lane] for lane in lanes)
+
+    def _encode_lanes(self, lanes: Sequence[_Lane], batch: Sequence[FloatArray]) -> list[_Encoded]:
+        encoded = []
+        for lane in lanes:
+            with mx.stream(lane.stream):
+                encoded.append(self._encode([batch[place] for place in lane.places]))
+        mx.eval([(one.memory, one.alphas) for one in encoded])
+        return encoded
+
+    def _decode_lanes(
+        self, lanes: Sequence[_Lane], encoded: Sequence[_Encoded]
+    ) -> list[_Decoded | None]:
+        decoded = []
+        for lane, hidden in zip(lanes, encoded, strict=True):
+            with mx.stream(lane.stream):
+                decoded.append(self._decode(hidden))
+        mx.eval([(one.ids, one.confidences, one.timing) for one in decoded if one])
+        return decoded
+
+    def _encode(self, batch: Sequence[FloatArray]) -> _Encoded:
         features, lengths = _pad(batch)
-        frames = mx.array(lengths)
-        mask = None if lengths.min() == lengths.max() else length_mask(frames, features.shape[1])
+        mask = None
+        if lengths.min() < lengths.max():
+            mask = length_mask(mx.array(lengths), features.shape[1])
         memory = self.model.encode(mx.array(features), mask)
-        alphas = self.model.alphas(memory, mask)
-        timing = self._timing_weights(memory, frames, alphas)
-        mx.eval(memory, alphas, timing)
-        encoded = time.perf_counter()
+        return _Encoded(lengths, mask, memory, self.model.alphas(memory, mask))
 
-        weights = np.array(alphas)
-        _require_finite(weights)
-        counts = token_counts(weights, self.tail_threshold)
+    def _decode(self, encoded: _Encoded) -> _Decoded | None:
+        """None when there is no token in any item."""
+        alphas = np.array(encoded.alphas)
+        _require_finite(alphas)
+        counts = token_counts(alphas, self.tail_threshold)
         if counts.max() < 1:
-            recognitions = tuple(EMPTY for _ in batch)
-        else:
-            ids, confidences = self._decode(memory, mask, weights, counts)
-            _require_finite(confidences)
-            recognitions = tuple(
-                self._recognition(*item)
-                for item in zip(ids, confidences, counts, np.array(timing), lengths, strict=True)
-            )
-        return BatchResult(recognitions, encoded - started, time.perf_counter() - encoded)
-
-    def _timing_weights(self, memory: mx.array, lengths: mx.array, alphas: mx.array) -> mx.array:
-        """Weights whose peaks date the tokens: the timestamp head's, or the CIF's own."""
-        if isinstance(self.model.predictor, CifPredictorV3):
-            return self.model.upsampled_alphas(memory, lengths)
-        return alphas
-
-    def _decode(
-        self,
-        memory: mx.array,
-        memory_mask: mx.array | None,
-        alphas: FloatArray,
-        counts: npt.NDArray[np.int64],
-    ) -> tuple[npt.NDArray[np.int32], FloatArray]:
-        """Ids int32 [B, N] and their probabilities float32 [B, N], undefined past each count."""
+            return None
+        memory = encoded.memory
         weights = mx.array(token_weights(alphas, counts))
         embeddings = (weights @ memory.astype(mx.float32)).astype(memory.dtype)
         mask = None
         if counts.min() < counts.max():
             mask = length_mask(mx.array(counts), embeddings.shape[1])
-        logits = self.model.decode(embeddings, mask, memory, memory_mask).astype(mx.float32)
-        ids = mx.argmax(logits, axis=-1)
-        confidences = mx.exp(mx.max(logits, axis=-1) - mx.logsumexp(logits, axis=-1))
-        mx.eval(ids, confidences)
-        return np.array(ids).astype(np.int32), np.array(confidences)
+        logits = self.model.decode(embeddings, mask, memory, encoded.mask).astype(mx.float32)
+        return _Decoded(
+            counts,
+            ids=mx.argmax(logits, axis=-1),
+            confidences=mx.exp(mx.max(logits, axis=-1) - mx.logsumexp(logits, axis=-1)),
+            timing=self._timing_weights(encoded),
+        )
+
+    def _timing_weights(self, encoded: _Encoded) -> mx.array:
+        """Weights whose peaks date the tokens: the timestamp head's, or the CIF's own."""
+        if isinstance(self.model.predictor, CifPredictorV3):
+            return self.model.upsampled_alphas(encoded.memory, mx.array(encoded.lengths))
+        return encoded.alphas
+
+    def _recognitions(self, encoded: _Encoded, decoded: _Decoded | None) -> list[Recognition]:
+        if decoded is None:
+            return [EMPTY for _ in encoded.lengths]
+        confidences = np.array(decoded.confidences)
+        _require_finite(confidences)
+        columns = (np.array(decoded.ids), confidences, np.array(decoded.timing))
+        return [
+            self._recognition(*item)
+            for item in zip(*columns, decoded.counts, encoded.lengths, strict=True)
+        ]
 
     def _recognition(
         self,
         ids: npt.NDArray[np.int32],
         confidences: FloatArray,
-        count: int,
         timing: FloatArray,
+        count: int,
         length: int,
     ) -> Recognition:
         kept = [n for n in range(count) if int(ids[n]) not in self.dropped_ids]
         if not kept:
             return EMPTY
-        duration_ms = length * FRAME_MS
+        duration_ms = int(length) * FRAME_MS
         if isinstance(self.model.predictor, CifPredictorV3):
             weights = _rescaled(timing[: UPSAMPLING * length], count)
             spans = upsampled_token_spans(weights, len(kept), duration_ms=duration_ms)
@@ -139,10 +221,14 @@ def load_paraformer(
 ) -> ParaformerDecoding:
     """Builds the network of a checkpoint and fills it. The CIF predictor stays in float32.
 
-    Raises CheckpointError when a tensor is missing, unexpected or of another shape.
+    Raises CheckpointError when the configuration lacks something that shapes the network, or a
+    tensor is missing, unexpected or of another shape.
     """
     assert checkpoint.tokens is not None
-    config = ParaformerConfig.from_checkpoint(checkpoint.config, len(checkpoint.tokens))
+    try:
+        config = ParaformerConfig.from_checkpoint(checkpoint.config, len(checkpoint.tokens))
+    except KeyError as error:
+        raise CheckpointError(f"the configuration of {checkpoint.folder} has no {error}") from error
     model = Paraformer(config)
     expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
     check_tensors(checkpoint.specs, expected, path=checkpoint.folder, unused=UNUSED_PREFIXES)
@@ -153,7 +239,18 @@ def load_paraformer(
     ]
     model.load_weights(weights, strict=True)
     mx.eval(model.parameters())
-    return ParaformerDecoding(model, config.tail_threshold, dropped_ids)
+    return ParaformerDecoding(model, config.tail_threshold, dropped_ids, _cpu_streams())
+
+
+def _cpu_streams() -> tuple[mx.ThreadLocalStream, ...]:
+    """A stream for each core; none for a GPU, which one padded batch keeps busy.
+
+    Most of MLX's CPU kernels run on one thread, and padded batches leave the caches
+    (benchmarks/RESULTS.md).
+    """
+    if mx.default_device().type == mx.gpu:
+        return ()
+    return tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(available_cores()))
 
 
 def _require_finite(values: FloatArray) -> None:

@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from funasr_batch.models.cpu_attention import cpu_attention
+
 PARAFORMER_EPS = 1e-12
 """LayerNorm epsilon of Paraformer (FunASR funasr/models/transformer/layer_norm.py)."""
 
@@ -89,13 +91,11 @@ def attend(
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]
     scale = (q.shape[-1] // heads) ** -0.5
-    context = mx.fast.scaled_dot_product_attention(
-        _split_heads(q, heads),
-        _split_heads(k, heads),
-        _split_heads(v, heads),
-        scale=scale,
-        mask=mask,
-    )
+    q, k, v = (_split_heads(x, heads) for x in (q, k, v))
+    if mx.default_device().type == mx.gpu:
+        context = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    else:
+        context = cpu_attention(q, k, v, scale, mask)
     return _merge_heads(context)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from funasr_batch.errors import CheckpointError
+from funasr_batch.models.cpu_lstm import lstm
 from funasr_batch.models.layers import (
     PARAFORMER_EPS,
     CrossAttention,
@@ -180,27 +182,47 @@ class BidirectionalLstm(nn.Module):
             self[f"bias_hh_l0{suffix}"] = mx.zeros((4 * width,))
 
     def __call__(self, x: mx.array, lengths: mx.array) -> mx.array:
-        """x [B, T, in], lengths int [B] -> [B, T, 2 * width]; past an item's length undefined."""
+        """x [B, T, in], lengths int [B] -> [B, T, 2 * width]; past an item's length undefined.
+
+        On the CPU it is evaluated here, and nothing flows back through it.
+        """
         steps = mx.arange(x.shape[1])[None, :]
         reverse = mx.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)[..., None]
-        backward = mx.take_along_axis(x, reverse, axis=1)
-        # Both directions advance together: one batched product a step instead of two.
-        gates = mx.stack([self._project(x, ""), self._project(backward, "_reverse")])
-        recurrent = mx.stack([self.weight_hh_l0.T, self.weight_hh_l0_reverse.T])
-        width = recurrent.shape[1]
-        hidden = cell = mx.zeros((2, x.shape[0], width), dtype=x.dtype)
-        outputs = []
-        for step in range(x.shape[1]):
-            i, f, g, o = mx.split(gates[:, :, step] + hidden @ recurrent, 4, axis=-1)
-            cell = mx.sigmoid(f) * cell + mx.sigmoid(i) * mx.tanh(g)
-            hidden = mx.sigmoid(o) * mx.tanh(cell)
-            outputs.append(hidden)
-        forward, backward = mx.stack(outputs, axis=2)
+        flipped = mx.take_along_axis(x, reverse, axis=1)
+        gates = mx.stack([self._project(x, ""), self._project(flipped, "_reverse")])
+        weights = mx.stack([self.weight_hh_l0, self.weight_hh_l0_reverse])
+        run = _advance if mx.default_device().type == mx.gpu else _advance_on_cpu
+        forward, backward = run(gates, weights)
         return mx.concatenate([forward, mx.take_along_axis(backward, reverse, axis=1)], axis=-1)
 
     def _project(self, x: mx.array, suffix: str) -> mx.array:
         bias = self[f"bias_ih_l0{suffix}"] + self[f"bias_hh_l0{suffix}"]
         return mx.addmm(bias, x, self[f"weight_ih_l0{suffix}"].T)
+
+
+def _advance(gates: mx.array, weights: mx.array) -> mx.array:
+    """Both directions together, one batched product a step.
+
+    gates [2, B, T, 4 * width], weights [2, 4 * width, width] -> [2, B, T, width].
+    """
+    recurrent = weights.swapaxes(1, 2)
+    hidden = cell = mx.zeros((2, gates.shape[1], weights.shape[2]), dtype=gates.dtype)
+    outputs = []
+    for step in range(gates.shape[2]):
+        i, f, g, o = mx.split(gates[:, :, step] + hidden @ recurrent, 4, axis=-1)
+        cell = mx.sigmoid(f) * cell + mx.sigmoid(i) * mx.tanh(g)
+        hidden = mx.sigmoid(o) * mx.tanh(cell)
+        outputs.append(hidden)
+    return mx.stack(outputs, axis=2)
+
+
+def _advance_on_cpu(gates: mx.array, weights: mx.array) -> mx.array:
+    """`_advance`, one sequence after the other."""
+    states = [
+        [lstm(inputs, recurrent) for inputs in direction]
+        for direction, recurrent in zip(np.array(gates), np.array(weights), strict=True)
+    ]
+    return mx.array(np.array(states))
 
 
 class CifPredictor(nn.Module):

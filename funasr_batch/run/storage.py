@@ -158,9 +158,13 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise VanishedError(f"{path} is not there any more") from error
+        raise VanishedError(f"{path}: is not there any more") from error
+    except PermissionError as error:
+        raise FileError(
+            f"{path}: may not be read", hint="Check the permissions of the file and its folder."
+        ) from error
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def free_bytes(path: Path) -> int | None:

@@ -36,10 +36,21 @@ _HUB_NAME = re.compile(
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/funasr-batch`, or `~/.cache/funasr-batch`."""
+    """`$XDG_CACHE_HOME/funasr-batch`, or `~/.cache/funasr-batch`.
+
+    Raises:
+        StorageError: this user has no home folder.
+    """
     configured = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / "funasr-batch"
+    if os.path.isabs(configured):
+        return Path(configured, "funasr-batch")
+    try:
+        return Path.home() / ".cache" / "funasr-batch"
+    except RuntimeError as error:
+        raise StorageError(
+            "this user has no home folder for converted models",
+            hint="Set HOME or XDG_CACHE_HOME, or give --cache-dir.",
+        ) from error
 
 
 def resolve_model(name: str, *, offline: bool, cache_dir: Path) -> Path:
@@ -106,12 +117,20 @@ def _hub_snapshot(repo: str, revision: str | None, *, offline: bool) -> Path:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read while huggingface_hub is imported
     from huggingface_hub import constants
 
+    offline = offline or constants.HF_HUB_OFFLINE
+    # A folder that is not there needs no client to say so: to import it takes a third of a second.
+    if offline and not Path(constants.HF_HUB_CACHE, _cache_folder(repo)).is_dir():
+        raise _not_here(repo)
     cached = _cached_snapshot(repo, revision)
-    if cached is not None and (offline or constants.HF_HUB_OFFLINE or _is_complete(cached)):
+    if cached is not None and (offline or _is_complete(cached)):
         return cached
-    if offline or constants.HF_HUB_OFFLINE:
-        raise _not_here(repo, "and no network may be used")
+    if offline:
+        raise _not_here(repo)
     return _download(repo, revision)
+
+
+def _cache_folder(repo: str) -> str:
+    return f"models--{repo.replace('/', '--')}"
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
@@ -187,10 +206,10 @@ def _broken_download(repo: str, error: Exception) -> ModelError:
     )
 
 
-def _not_here(repo: str, why: str) -> ModelError:
+def _not_here(repo: str, why: str = "and no network may be used") -> ModelError:
     from huggingface_hub import constants
 
-    folder = f"models--{repo.replace('/', '--')}"
+    folder = _cache_folder(repo)
     return ModelError(
         f"the model {repo} is not on this machine, {why}",
         hint=f"On a machine with a network run `hf download {repo}`. Then copy the folder "
