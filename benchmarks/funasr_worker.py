@@ -1,7 +1,7 @@
 """FunASR's side of paraformer_cpu.py, run by the Python that has FunASR and PyTorch.
 
-    python funasr_worker.py write FOLDER      random weights as model.pt, in the hubs' layout
-    python funasr_worker.py serve FOLDER      loads them as FunASR does, then measures
+python funasr_worker.py write FOLDER      random weights as model.pt, in the hubs' layout
+python funasr_worker.py serve FOLDER      loads them as FunASR does, then measures
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def load(folder: Path) -> large_model.Run:
     return run
 
 
-def _timed(
-    function: Callable[..., Any], stage: str, clock: dict[str, float]
-) -> Callable[..., Any]:
+def _timed(function: Callable[..., Any], stage: str, clock: dict[str, float]) -> Callable[..., Any]:
     def timed(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         try:

@@ -19,17 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import large_model
 import machine
-import numpy as np
-from large_model import CLIP_SECONDS, FloatArray
+from large_model import CLIP_SECONDS
 
-BATCHES = (1, 8)
 STAGES = ("features", "encode", "cif", "decode", "timestamps")
 HERE = Path(__file__).parent
 
@@ -38,21 +36,24 @@ def main() -> None:
     options = _options()
     print(machine.describe())
     with tempfile.TemporaryDirectory(prefix="paraformer-") as scratch:
-        folder = Path(scratch)
-        workers = [_ours(folder / "mlx", options.timestamp_head)]
+        pythons = [("funasr-batch", sys.executable, "mlx_worker.py")]
         if options.funasr_python:
-            rival = folder / "funasr"
-            workers.append(_funasr(rival, options.funasr_python, options.timestamp_head))
+            pythons.append(("FunASR", options.funasr_python, "funasr_worker.py"))
+        workers = []
+        for name, python, script in pythons:
+            folder = Path(scratch, script)
+            large_model.write_hub_files(folder, options.timestamp_head)
+            workers.append(_worker(name, python, script, folder))
         try:
             for repeat in range(options.repeats + 1):  # the first warms up
-                for batch in BATCHES:
+                for batch in options.batches:
                     for worker in workers:
                         worker.measure(batch, keep=repeat > 0)
         finally:
             for worker in workers:
                 worker.close()
     print(f"load {os.getloadavg()[0]:.1f} at the end; medians of {options.repeats}\n")
-    for batch in BATCHES:
+    for batch in options.batches:
         print("\n".join(table(batch, workers)), end="\n\n")
     for worker in workers:
         print(
@@ -66,11 +67,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--funasr-python", help="a Python that has FunASR and PyTorch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="clips in a batch")
     parser.add_argument(
         "--timestamp-head", action="store_true", help="a BiCifParaformer, with its BLSTM"
     )
-    # Internal: this script is its own worker.
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -120,16 +120,10 @@ class Worker:
         return json.loads(line)
 
 
-def _ours(folder: Path, timestamp_head: bool) -> Worker:
-    _run_self_contained(write_ours, folder, timestamp_head)
-    return Worker("funasr-batch", (sys.executable, __file__, "--serve", str(folder)))
-
-
-def _funasr(folder: Path, python: str, timestamp_head: bool) -> Worker:
-    large_model.write_hub_files(folder, timestamp_head)
-    script = str(HERE / "funasr_worker.py")
-    subprocess.run((python, script, "write", str(folder)), check=True, stdout=sys.stderr)
-    return Worker("FunASR", (python, script, "serve", str(folder)))
+def _worker(name: str, python: str, script: str, folder: Path) -> Worker:
+    command = (python, str(HERE / script))
+    subprocess.run((*command, "write", str(folder)), check=True, stdout=sys.stderr)
+    return Worker(name, (*command, "serve", str(folder)))
 
 
 def table(batch: int, workers: Sequence[Worker]) -> Iterator[str]:
@@ -148,3 +142,7 @@ def table(batch: int, workers: Sequence[Worker]) -> Iterator[str]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -90,7 +90,8 @@ class Command:
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
         fixed = {"HOME": str(self.home), "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
-        return inherited | fixed | dict(more or {})
+        one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # starts faster
+        return inherited | fixed | one_thread | dict(more or {})
 
 
 def without_mlx(folder: Path) -> dict[str, str]:
@@ -155,6 +156,14 @@ def transcript(path: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(path.read_text("utf-8"))
     del document["stats"]
     return document
+
+
+def comparable(folder: Path) -> dict[str, object]:
+    """All files, in a form that is the same for runs that came to the same result."""
+    return {
+        name: transcript(folder / name) if name.endswith(".json") else (folder / name).read_bytes()
+        for name in files(folder)
+    }
 
 
 def is_tool(name: str) -> bool:

@@ -72,7 +72,9 @@ def target_sums(tokens: Sequence[tuple[int, int, int]], frames: int) -> np.ndarr
     y = np.stack([order + 0.05, order + 0.5, order + 0.95], axis=1).ravel()
     y[0], y[-1] = 0.0, len(fires)
     borders = np.arange(frames + 1) * FRAME_SAMPLES
-    return np.interp(borders, np.maximum.accumulate(x), y).astype(np.float32)
+    # What climbs into the last frame arrives there: the whole sum is the number of tokens.
+    x = np.maximum.accumulate(np.minimum(x, borders[-1] - np.arange(len(x))[::-1]))
+    return np.interp(borders, x, y).astype(np.float32)
 
 
 def frame_tokens(tokens: Sequence[tuple[int, int, int]], frames: int) -> np.ndarray:

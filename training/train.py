@@ -67,6 +67,21 @@ def token_embeddings(alphas: mx.array, memory: mx.array, longest: int) -> mx.arr
     return mx.maximum(mx.minimum(after, token + 1) - mx.maximum(before, token), 0) @ memory
 
 
+def alignment_loss(alphas: mx.array, sums: mx.array, mask: mx.array) -> mx.array:
+    """How far alphas [B, L] are from those whose running sum is `sums` [B, L + 1]."""
+    taught = mx.clip(sums[:, 1:] - sums[:, :-1], 0, 1)
+    drift = mx.abs(mx.cumsum(alphas, axis=1) - sums[:, 1:])
+    missed = mx.abs(alphas.sum(axis=1) - sums[:, -1])
+    # Cross-entropy, whose optimum is the mean: half of the taught weights are zero, and the median
+    # that an absolute error asks for would be zero everywhere. The logarithm keeps a gradient for
+    # sums that are far off without letting them rule.
+    local = nn.losses.binary_cross_entropy(
+        mx.clip(alphas, 1e-4, 1 - 1e-4), taught, with_logits=False
+    )
+    near = mx.where(mask, 2 * local + 0.5 * mx.log1p(drift), 0).sum() / mask.sum()
+    return near + 0.2 * mx.log1p(missed).mean()
+
+
 def losses(
     trainee: Trainee, inputs: mx.array, lengths: mx.array, batch: dict[str, mx.array], guide: float
 ) -> Losses:
@@ -80,16 +95,7 @@ def losses(
     alphas = trainee.model.alphas(memory, mask)
     taught = mx.clip(batch["sums"][:, 1:] - batch["sums"][:, :-1], 0, 1)
     frames = mask.sum()
-    drift = mx.abs(mx.cumsum(alphas, axis=1) - batch["sums"][:, 1:])
-    missed = mx.abs(alphas.sum(axis=1) - batch["sums"][:, -1])
-    # Cross-entropy, whose optimum is the mean: half of the taught weights are zero, and the median
-    # that an absolute error asks for would be zero everywhere. The logarithm keeps a gradient for
-    # sums that are far off without letting them rule.
-    local = nn.losses.binary_cross_entropy(
-        mx.clip(alphas, 1e-4, 1 - 1e-4), taught, with_logits=False
-    )
-    alignment = (mx.where(mask, 2 * local + 0.5 * mx.log1p(drift), 0)).sum() / frames
-    alignment = alignment + 0.2 * mx.log1p(missed).mean()
+    alignment = alignment_loss(alphas, batch["sums"], mask)
     end = batch["sums"][:, -1:]
     scaled = alphas * (end / mx.maximum(mx.stop_gradient(alphas.sum(axis=1, keepdims=True)), 0.5))
     used = guide * taught + (1 - guide) * scaled

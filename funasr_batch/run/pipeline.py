@@ -75,7 +75,8 @@ def run(
     """Transcribes what is not done yet and writes every output that is wanted.
 
     `missing` are recordings that were named but cannot be read at all, each with the reason.
-    Raises ModelError, StorageError and BusyError; what is wrong with one recording is reported.
+    Raises ModelError, StorageError, BusyError, and UsageError for an output folder that cannot be
+    one; what is wrong with one recording is reported.
     """
     with ExitStack() as stack:
         manifests = {

@@ -113,8 +113,6 @@ def _unknown(name: str) -> ModelError:
 
 def _hub_snapshot(repo: str, revision: str | None, *, offline: bool) -> Path:
     """The folder of a repository's files in the hub's cache; its name is the commit."""
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read while huggingface_hub is imported
     from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE

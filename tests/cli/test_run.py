@@ -91,7 +91,7 @@ class TestSurroundings:
     def test_almost_no_environment(self, command: Command, recordings: Path) -> None:
         record(recordings / "语音.wav")
         ended = subprocess.run(
-            command.line(recordings, "--model", command.model),
+            command.line(recordings, "--model", command.model, "--vad", "silero"),
             env={"PYTHONPATH": str(PROJECT), "LC_ALL": "C"},
             cwd="/",
             stdin=subprocess.DEVNULL,

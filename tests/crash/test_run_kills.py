@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import ALONE, TIMEOUT, Command, files, record, transcript
+from command import ALONE, TIMEOUT, Command, comparable, record
 from tiny_model import write_tiny_model
 
 from funasr_batch.run.manifest import read_manifest
@@ -39,13 +39,10 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def content(path: Path) -> object:
-    return transcript(path) if path.suffix == ".json" else path.read_bytes()
-
-
 def outputs(out: Path) -> dict[str, object]:
-    names = files(out) if out.is_dir() else set()
-    return {name: content(out / name) for name in names if not TEMPORARY.search(name)}
+    """What readers see in the output folder."""
+    whole = comparable(out) if out.is_dir() else {}
+    return {name: content for name, content in whole.items() if not TEMPORARY.search(name)}
 
 
 @pytest.mark.parametrize("seed", range(2))
