@@ -1,6 +1,6 @@
 """Makes docs/terminal.svg: a real run, in a real pseudo-terminal, drawn by rich.
 
-    python docs/make_terminal.py funasr-batch sample_audio -o /tmp/transcripts
+python docs/make_terminal.py funasr-batch sample_audio -o /tmp/transcripts
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -35,14 +34,13 @@ from funasr_batch.run.engine import (
     Failed,
     Finished,
     Started,
-    Unchanged,
     transcribe_jobs,
 )
 from funasr_batch.run.reading import Job
 from funasr_batch.run.stopping import StopRequest
 from funasr_batch.segments import SegmentPolicy
 
-ENDINGS = (Finished, Failed, Unchanged)
+ENDINGS = (Finished, Failed)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def no_thread_is_left() -> Iterator[None]:
     assert [thread for thread in threading.enumerate() if thread.name.startswith("reader-")] == []
 
 
-def ends(events: Sequence[Event]) -> dict[Job, Finished | Failed | Unchanged]:
+def ends(events: Sequence[Event]) -> dict[Job, Finished | Failed]:
     return {event.job: event for event in events if isinstance(event, ENDINGS)}
 
 
@@ -225,16 +223,6 @@ def test_a_recording_may_be_given_twice_and_as_samples(
 
 def test_nothing_to_do_is_done_at_once(recognizer: Recognizer) -> None:
     assert list(transcribe_jobs([], recognizer)) == []
-
-
-def test_unchanged_content_is_not_recognised_again(
-    recognizer: Recognizer, recordings: list[Path]
-) -> None:
-    digest = hashlib.sha256(recordings[0].read_bytes()).hexdigest()
-    known, changed = Job(recordings[0], digest), Job(recordings[2], digest)
-    endings = ends(list(transcribe_jobs([known, changed], recognizer)))
-    assert isinstance(endings[known], Unchanged)
-    assert isinstance(endings[changed], Finished)
 
 
 # Faults

@@ -33,7 +33,6 @@ from funasr_batch.run.reading import (
     ClipRead,
     FileOpened,
     FileRead,
-    FileUnchanged,
     Job,
     ReadEvent,
     ReadFailed,
@@ -48,6 +47,9 @@ from funasr_batch.text.language import language_of
 from funasr_batch.text.tokens import join_texts, render_text
 
 FRAMES_PER_SECOND = 100 / 6
+PATIENCE = 5.0
+"""Seconds that a reader has to end with the run. One that hangs in a decoder is left behind: it is
+a daemon and dies with the process."""
 READ_AHEAD = 16
 """Clips that may wait between the readers and the model: about 16 MB of features."""
 
@@ -71,20 +73,13 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Unchanged:
-    """The file has the content that its job named as already done."""
-
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
 class Failed:
     job: Job
     error: FileError
     stage: Stage
 
 
-Event: TypeAlias = Started | Advanced | Finished | Unchanged | Failed
+Event: TypeAlias = Started | Advanced | Finished | Failed
 
 
 def transcribe_jobs(
@@ -95,8 +90,8 @@ def transcribe_jobs(
     batch_seconds: float | None = None,
     stop: StopRequest | None = None,
 ) -> Iterator[Event]:
-    """Transcribes jobs and yields what happens to each, ending with one of Finished, Unchanged
-    and Failed; the order of recordings is roughly that of the jobs.
+    """Transcribes jobs and yields what happens to each, ending with Finished or Failed;
+    the order of recordings is roughly that of the jobs.
 
     `workers` is the number of recordings read at the same time. When `stop` is set, the iterator
     ends after the batch in hand, and recordings that are not finished are not mentioned again.
@@ -129,9 +124,6 @@ def transcribe_jobs(
                 case FileRead(job) if job in files:
                     files[job].read = event
                     yield from _finish_if_complete(job, files, recognizer)
-                case FileUnchanged(job):
-                    del files[job]
-                    yield Unchanged(job)
                 case ReadFailed(job, error, stage) if files.pop(job, None):
                     yield Failed(job, error, stage)
 
@@ -236,7 +228,7 @@ def _readers(
     finally:
         abandoned.set()
         for thread in threads:
-            thread.join()
+            thread.join(PATIENCE)
 
 
 def _recognise(

@@ -1,7 +1,7 @@
 """From a recording on disk to clips with features: the part of the work that threads share.
 
-A reader emits `ClipRead` for each segment as it is cut and ends with exactly one of `FileRead`,
-`FileUnchanged` and `ReadFailed`.
+A reader emits `ClipRead` for each segment as it is cut and ends with exactly one of `FileRead` and
+`ReadFailed`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ class Job:
 
     audio: Path | FloatArray
     """A file, or mono float32 samples at 16 kHz."""
-    unchanged_sha256: str | None = None
-    """A digest of the file's content for which there is nothing to do."""
     channel: int | None = None
     track: int | str | None = None
 
@@ -68,11 +66,6 @@ class FileRead:
 
 
 @dataclass(frozen=True, slots=True)
-class FileUnchanged:
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
 class ReadFailed:
     job: Job
     error: FileError
@@ -83,7 +76,7 @@ class StoppedError(Exception):
     """Raised by an `Emit`, or between two blocks, when nobody is left to read for."""
 
 
-ReadEvent: TypeAlias = FileOpened | ClipRead | FileRead | FileUnchanged | ReadFailed
+ReadEvent: TypeAlias = FileOpened | ClipRead | FileRead | ReadFailed
 Emit: TypeAlias = Callable[[ReadEvent], None]
 IsOver: TypeAlias = Callable[[], bool]
 
@@ -124,12 +117,10 @@ def _read_file(
     clock: StageClock,
     emit: Emit,
     is_over: IsOver,
-) -> FileRead | FileUnchanged:
+) -> FileRead:
     before = _identity(path)
     with clock.measure("decode"):
         sha256 = file_digest(path)
-    if sha256 == job.unchanged_sha256:
-        return FileUnchanged(job)
     with open_audio(path, channel=job.channel, track=job.track) as stream:
         segments = _cut(job, _timed(stream, clock), recognizer, clock, emit, is_over)
         report, info = stream.report, stream.info
