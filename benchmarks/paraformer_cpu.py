@@ -109,6 +109,9 @@ class Worker:
     def median(self, batch: int, stage: str) -> float:
         return statistics.median(run[stage] for run in self.runs[batch])
 
+    def best(self, batch: int, stage: str) -> float:
+        return min(run[stage] for run in self.runs[batch])
+
     def close(self) -> None:
         self._process.communicate()
 
@@ -132,12 +135,13 @@ def table(batch: int, workers: Sequence[Worker]) -> Iterator[str]:
     yield title
     names = "".join(f"{worker.name:>14} s{'RTF':>8}" for worker in workers)
     yield f"{'':12}{names}" + ("   ours/theirs" if len(workers) == 2 else "")
-    for stage in (*STAGES, "total"):
-        seconds = [worker.median(batch, stage) for worker in workers]
+    rows = {stage: [worker.median(batch, stage) for worker in workers] for stage in STAGES}
+    rows["total"] = [worker.median(batch, "total") for worker in workers]
+    rows["best total"] = [worker.best(batch, "total") for worker in workers]
+    for name, seconds in rows.items():
         cells = "".join(f"{value:16.3f}{value / audio:8.4f}" for value in seconds)
-        yield f"{stage:12}{cells}" + (
-            f"{seconds[0] / seconds[1]:14.2f}" if len(seconds) == 2 and seconds[1] else ""
-        )
+        ratio = f"{seconds[0] / seconds[1]:14.2f}" if len(seconds) == 2 and seconds[1] else ""
+        yield f"{name:12}{cells}{ratio}"
 
 
 def _gib(size: int) -> str:

@@ -5,6 +5,7 @@ python docs/make_terminal.py funasr-batch sample_audio -o /tmp/transcripts
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -55,7 +56,7 @@ def final_screen(output: str) -> list[str]:
 def main() -> None:
     command = sys.argv[1:]
     lines = final_screen(record(command))
-    console = Console(record=True, width=_COLUMNS, file=open(os.devnull, "w"))
+    console = Console(record=True, width=_COLUMNS, file=io.StringIO())
     console.print(Text.assemble(("$ ", "bold green"), " ".join(command)))
     for line in lines:
         console.print(Text.from_ansi(line))

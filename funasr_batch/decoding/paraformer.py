@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from funasr_batch.cpu import available_cores, blas_threads
 from funasr_batch.decoding.cif import token_counts, token_weights
 from funasr_batch.errors import CheckpointError, RecognitionError
-from funasr_batch.models.layers import length_mask
+from funasr_batch.models.layers import length_mask, on_gpu
 from funasr_batch.models.paraformer import (
     UNUSED_PREFIXES,
     CifPredictorV3,
@@ -248,7 +248,7 @@ def _cpu_streams() -> tuple[mx.ThreadLocalStream, ...]:
     Most of MLX's CPU kernels run on one thread, and padded batches leave the caches
     (benchmarks/RESULTS.md).
     """
-    if mx.default_device().type == mx.gpu:
+    if on_gpu():
         return ()
     return tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(available_cores()))
 

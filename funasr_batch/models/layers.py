@@ -13,10 +13,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from funasr_batch.models.cpu_attention import cpu_attention
+from funasr_batch.models import cpu_kernels
 
 PARAFORMER_EPS = 1e-12
 """LayerNorm epsilon of Paraformer (FunASR funasr/models/transformer/layer_norm.py)."""
+
+
+def on_gpu() -> bool:
+    """Whether the default device is a GPU; otherwise `cpu_kernels` are used."""
+    return mx.default_device().type == mx.gpu
 
 
 def length_mask(lengths: mx.array, size: int) -> mx.array:
@@ -60,16 +65,18 @@ class FsmnBlock(nn.Module):
 
     def _convolve(self, x: mx.array) -> mx.array:
         padded = mx.pad(x, [(0, 0), (self._left, self._right), (0, 0)])
-        if mx.default_device().type == mx.gpu:
+        if on_gpu():
             return mx.conv1d(padded, self.weight.swapaxes(1, 2), groups=x.shape[-1])
-        # MLX's grouped convolution on the CPU is several times slower than eleven shifted
-        # multiply-adds (benchmarks/RESULTS.md).
-        length = x.shape[1]
-        taps = self.weight[:, 0, :].T
-        total = padded[:, :length] * taps[0]
-        for tap in range(1, taps.shape[0]):
-            total = total + padded[:, tap : tap + length] * taps[tap]
-        return total
+        return cpu_kernels.depthwise_convolution(padded, self.weight)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if on_gpu():
+            return super().__call__(x)
+        return cpu_kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def _split_heads(x: mx.array, heads: int) -> mx.array:
@@ -89,13 +96,13 @@ def attend(
 
     `key_mask` is bool [B, L]; a masked key gets a weight of exactly zero.
     """
-    mask = None if key_mask is None else key_mask[:, None, None, :]
     scale = (q.shape[-1] // heads) ** -0.5
     q, k, v = (_split_heads(x, heads) for x in (q, k, v))
-    if mx.default_device().type == mx.gpu:
+    if on_gpu():
+        mask = None if key_mask is None else key_mask[:, None, None, :]
         context = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     else:
-        context = cpu_attention(q, k, v, scale, mask)
+        context = cpu_kernels.attention(q, k, v, scale, key_mask)
     return _merge_heads(context)
 
 
@@ -164,8 +171,8 @@ class SanmEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SanmAttention(in_width, width, heads, kernel_size, shift)
         self.feed_forward = FeedForward(width, units)
-        self.norm1 = nn.LayerNorm(in_width, eps=eps)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(in_width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self._residual = in_width == width
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:

@@ -16,13 +16,15 @@ import mlx.nn as nn
 import numpy as np
 
 from funasr_batch.errors import CheckpointError
-from funasr_batch.models.cpu_lstm import lstm
+from funasr_batch.models import cpu_kernels
 from funasr_batch.models.layers import (
     PARAFORMER_EPS,
     CrossAttention,
     FsmnBlock,
+    LayerNorm,
     SanmEncoderLayer,
     length_mask,
+    on_gpu,
     sinusoidal_positions,
 )
 
@@ -120,7 +122,7 @@ class SanmEncoder(nn.Module):
 
         self.encoders0 = [layer(config.feature_width)]
         self.encoders = [layer(config.width) for _ in range(config.encoder_blocks - 1)]
-        self.after_norm = nn.LayerNorm(config.width, eps=PARAFORMER_EPS)
+        self.after_norm = LayerNorm(config.width, eps=PARAFORMER_EPS)
         self._scale = config.width**0.5
 
     def __call__(self, features: mx.array, mask: mx.array | None) -> mx.array:
@@ -191,7 +193,7 @@ class BidirectionalLstm(nn.Module):
         flipped = mx.take_along_axis(x, reverse, axis=1)
         gates = mx.stack([self._project(x, ""), self._project(flipped, "_reverse")])
         weights = mx.stack([self.weight_hh_l0, self.weight_hh_l0_reverse])
-        run = _advance if mx.default_device().type == mx.gpu else _advance_on_cpu
+        run = _advance if on_gpu() else _advance_on_cpu
         forward, backward = run(gates, weights)
         return mx.concatenate([forward, mx.take_along_axis(backward, reverse, axis=1)], axis=-1)
 
@@ -219,7 +221,7 @@ def _advance(gates: mx.array, weights: mx.array) -> mx.array:
 def _advance_on_cpu(gates: mx.array, weights: mx.array) -> mx.array:
     """`_advance`, one sequence after the other."""
     states = [
-        [lstm(inputs, recurrent) for inputs in direction]
+        [cpu_kernels.lstm(inputs, recurrent) for inputs in direction]
         for direction, recurrent in zip(np.array(gates), np.array(weights), strict=True)
     ]
     return mx.array(np.array(states))
@@ -280,7 +282,7 @@ class DecoderFeedForward(nn.Module):
         super().__init__()
         self.w_1 = nn.Linear(width, units)
         self.w_2 = nn.Linear(units, width, bias=False)
-        self.norm = nn.LayerNorm(units, eps=PARAFORMER_EPS)
+        self.norm = LayerNorm(units, eps=PARAFORMER_EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.w_2(self.norm(nn.relu(self.w_1(x))))
@@ -309,9 +311,9 @@ class DecoderLayer(nn.Module):
         self.self_attn = DecoderSelfMemory(width, config.decoder_kernel, config.decoder_shift)
         self.src_attn = CrossAttention(width, config.decoder_heads, width)
         self.feed_forward = DecoderFeedForward(width, config.decoder_units)
-        self.norm1 = nn.LayerNorm(width, eps=PARAFORMER_EPS)
-        self.norm2 = nn.LayerNorm(width, eps=PARAFORMER_EPS)
-        self.norm3 = nn.LayerNorm(width, eps=PARAFORMER_EPS)
+        self.norm1 = LayerNorm(width, eps=PARAFORMER_EPS)
+        self.norm2 = LayerNorm(width, eps=PARAFORMER_EPS)
+        self.norm3 = LayerNorm(width, eps=PARAFORMER_EPS)
 
     def __call__(
         self,
@@ -331,7 +333,7 @@ class DecoderOutputLayer(nn.Module):
     def __init__(self, config: ParaformerConfig) -> None:
         super().__init__()
         self.feed_forward = DecoderFeedForward(config.width, config.decoder_units)
-        self.norm1 = nn.LayerNorm(config.width, eps=PARAFORMER_EPS)
+        self.norm1 = LayerNorm(config.width, eps=PARAFORMER_EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.feed_forward(self.norm1(x))
@@ -344,7 +346,7 @@ class ParaformerDecoder(nn.Module):
         super().__init__()
         self.decoders = [DecoderLayer(config) for _ in range(config.decoder_blocks)]
         self.decoders3 = [DecoderOutputLayer(config)]
-        self.after_norm = nn.LayerNorm(config.width, eps=PARAFORMER_EPS)
+        self.after_norm = LayerNorm(config.width, eps=PARAFORMER_EPS)
         self.output_layer = nn.Linear(config.width, config.vocabulary)
 
     def __call__(
