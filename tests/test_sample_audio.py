@@ -16,8 +16,8 @@ from rapidfuzz.distance import Levenshtein
 SAMPLES = Path(__file__).parents[1] / "sample_audio"
 NAMES = ("english", "long_with_pauses", "mandarin", "mixed", "phone_8khz", "podcast")
 MOST_ERRORS = 0.11
-"""Of units (a Chinese character or an English word) over all recordings. The model card states 9.9 %;
-another MLX or BLAS may round a handful of units to the other side."""
+"""Of units (a Chinese character or an English word) over all recordings. The model card states
+9.9 %; another MLX or BLAS may round a handful of units to the other side."""
 
 
 @pytest.fixture(scope="module")
