@@ -31,6 +31,7 @@ from funasr_batch.decoding.paraformer import (  # noqa: E402
     load_paraformer,
 )
 from funasr_batch.frontend import Cmvn, FrontEnd  # noqa: E402
+from funasr_batch.models.layers import peak_probability  # noqa: E402
 from funasr_batch.models.paraformer import (  # noqa: E402
     CifPredictorV3,
     Paraformer,
@@ -91,8 +92,7 @@ def _by_stage(
 
     def decode(weights: mx.array, memory: mx.array) -> tuple[mx.array, mx.array]:
         logits = model.decode(weights @ memory, None, memory, None)
-        probability = mx.exp(mx.max(logits, axis=-1) - mx.logsumexp(logits, axis=-1))
-        return mx.argmax(logits, axis=-1), probability
+        return mx.argmax(logits, axis=-1), peak_probability(logits)
 
     def date(memory: mx.array, alphas: mx.array, weights: mx.array) -> None:
         length, count = memory.shape[1], weights.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -78,7 +79,8 @@ class Command:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         env = self.environment(options.pop("env", None))
         line = self.line(*arguments, sabotage=sabotage)
-        return subprocess.Popen(line, **{"cwd": self.home, "env": env} | pipes | options)
+        fixed = {"cwd": self.home, "env": env, "preexec_fn": _default_signals}
+        return subprocess.Popen(line, **fixed | pipes | options)
 
     def line(self, *arguments: str | Path, sabotage: str = "") -> list[str]:
         """The words of the command line; `sabotage` is Python that first breaks a part of it."""
@@ -100,6 +102,12 @@ def without_mlx(folder: Path) -> dict[str, str]:
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text("import os\nos._exit(99)\n")
     return {"PYTHONPATH": f"{package.parent}{os.pathsep}{PROJECT}"}
+
+
+def _default_signals() -> None:
+    """Tests may run in the background of a shell that ignores INT for its children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _text(data: bytes) -> str:

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from funasr_batch.cpu import available_cores, blas_threads
 from funasr_batch.decoding.cif import token_counts, token_weights
 from funasr_batch.errors import CheckpointError, RecognitionError
-from funasr_batch.models.layers import length_mask, on_gpu
+from funasr_batch.models.layers import length_mask, on_gpu, peak_probability
 from funasr_batch.models.paraformer import (
     UNUSED_PREFIXES,
     CifPredictorV3,
@@ -171,7 +171,7 @@ class ParaformerDecoding:
         return _Decoded(
             counts,
             ids=mx.argmax(logits, axis=-1),
-            confidences=mx.exp(mx.max(logits, axis=-1) - mx.logsumexp(logits, axis=-1)),
+            confidences=peak_probability(logits),
             timing=self._timing_weights(encoded),
         )
 

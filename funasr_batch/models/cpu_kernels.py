@@ -35,9 +35,13 @@ def _chebyshev_fit(degree: int) -> tuple[float, ...]:
 _HIGHEST, *_COEFFICIENTS = _chebyshev_fit(5)
 
 
-@mx.custom_function
 def exp2(x: mx.array) -> mx.array:
     """2^x for float32 x of at most 126, within 3e-7 of its value; 2^-126 for everything below."""
+    return cast(mx.array, _exp2(x))
+
+
+@mx.custom_function
+def _exp2(x: mx.array) -> mx.array:
     x = mx.maximum(x, _LOWEST_EXPONENT)
     shifted = x + _ROUNDING
     remainder = x - (shifted - _ROUNDING)
@@ -49,7 +53,7 @@ def exp2(x: mx.array) -> mx.array:
     return (power.view(mx.int32) + exponent).view(mx.float32)
 
 
-@exp2.vjp
+@_exp2.vjp
 def _exp2_vjp(x: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
     return cotangent * power * _LOG_2
 
@@ -67,13 +71,20 @@ def attention(
     mask = None if key_mask is None else key_mask[:, None, :, None]
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf)
-    weights = cast(mx.array, exp2(scores - mx.max(scores, axis=-2, keepdims=True)))
+    weights = exp2(scores - mx.max(scores, axis=-2, keepdims=True))
     if mask is not None:
         weights = mx.where(mask, weights, 0)  # 2^-126 is not zero
     # A column of ones beside the values has the product sum the weights as well.
     values = mx.concatenate([v, mx.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
     context = weights.swapaxes(-1, -2) @ values
     return (context[..., :-1] / context[..., -1:]).astype(v.dtype)
+
+
+def peak_probability(logits: mx.array) -> mx.array:
+    """The softmax of the largest logit: float32 [..., V] -> [...]."""
+    differences = logits - mx.max(logits, axis=-1, keepdims=True)
+    total = exp2(_LOG2_E * differences) @ mx.ones((logits.shape[-1], 1))
+    return 1 / total[..., 0]
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:

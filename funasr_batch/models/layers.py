@@ -106,6 +106,13 @@ def attend(
     return _merge_heads(context)
 
 
+def peak_probability(logits: mx.array) -> mx.array:
+    """The softmax of the largest logit: float32 [..., V] -> [...]."""
+    if on_gpu():
+        return mx.exp(mx.max(logits, axis=-1) - mx.logsumexp(logits, axis=-1))
+    return cpu_kernels.peak_probability(logits)
+
+
 class SanmAttention(nn.Module):
     """Self-attention with an FSMN memory on the values, added after the output projection.
 
