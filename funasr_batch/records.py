@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 SAMPLE_RATE = 16_000
 SAMPLES_PER_MS = SAMPLE_RATE // 1000
+FRAME_MS = 60
+"""Length of an encoder frame: six fbank frames of 10 ms."""
+FRAME_SAMPLES = FRAME_MS * SAMPLES_PER_MS
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 """Any float32 array; mono audio in it is at 16 kHz with full scale 1.0."""
@@ -76,7 +79,25 @@ class Clip:
 
     segment: Segment
     samples: FloatArray = field(repr=False)
-    """float32 [segment.end - segment.start]"""
+    """float32 [lead + segment.end - segment.start + tail]"""
+    lead: int = 0
+    """Samples before the segment, for the encoder alone: a multiple of `FRAME_SAMPLES`."""
+    tail: int = 0
+    """Samples after the segment, for the encoder alone."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Excerpt:
+    """Features of which the frames [first, after) are to be recognised; the encoder hears all."""
+
+    features: FloatArray = field(repr=False)
+    """float32 [L, 560]"""
+    first: int
+    after: int
+
+    def __len__(self) -> int:
+        """Frames that the encoder is given."""
+        return len(self.features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +115,16 @@ class Recognition:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What a model says of each segment of a batch, and where the time went."""
+
+    recognitions: tuple[Any, ...]
+    """One for each segment: what the model's own `text_segment` takes, with its `token_ids`."""
+    encode_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A word (Latin script) or a character (Chinese), with its time and the model's confidence."""
 
@@ -102,6 +133,15 @@ class Token:
     """Milliseconds from the start of the recording."""
     end: int
     confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A Latin word, a number or one Chinese character, with the punctuation that belongs to it."""
+
+    text: str
+    confidence: float
+    """The model's probability of the least certain token that has a part in it, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +155,10 @@ class TextSegment:
     text: str
     timing: Timing
     tokens: tuple[Token, ...] = ()
+    words: tuple[Word, ...] = ()
+    """What was said, where only the segment's own times are known; otherwise `tokens` say it."""
     flags: tuple[str, ...] = ()
+    """What a reader should know: `recut`, `truncated`, `loop`, `too_much_text`."""
 
 
 @dataclass(frozen=True, slots=True)
