@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from funasr_batch.errors import UsageError
+from funasr_batch.text.prompt import LANGUAGE_NAMES as PROMPT_LANGUAGES
 from funasr_batch.value_kinds import (
     Globs,
     Kind,
@@ -22,11 +23,13 @@ from funasr_batch.value_kinds import (
     Number,
     OneOf,
     PathOf,
+    Quantized,
     SomeOf,
     Switch,
     Track,
     Value,
     Whole,
+    Words,
 )
 
 Group: TypeAlias = Literal[
@@ -41,9 +44,10 @@ PER_RECORDING: Final[frozenset[Group]] = RECOGNITION | RENDERING | {"format"}
 Format: TypeAlias = Literal["srt", "json", "txt", "vtt", "tsv"]
 FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 
-MODELS: Final = ("paraformer", "sample-paraformer")
+MODELS: Final = ("paraformer", "nano", "nano-mlt", "sample-paraformer", "sample-nano")
 LANGUAGE_NAMES: Final[Mapping[str, str]] = MappingProxyType(
-    {"chinese": "zh", "mandarin": "zh", "中文": "zh", "english": "en", "英文": "en"}
+    {name: code for code, name in PROMPT_LANGUAGES.items()}
+    | {"chinese": "zh", "mandarin": "zh", "english": "en", "japanese": "ja", "cantonese": "yue"}
 )
 
 
@@ -142,8 +146,8 @@ class Settings:
         default="auto",
         metadata=_about(
             "recognition",
-            OneOf(("auto", "zh", "en"), LANGUAGE_NAMES),
-            "the language spoken",
+            OneOf(("auto", *PROMPT_LANGUAGES), LANGUAGE_NAMES),
+            "the language spoken; Paraformer knows zh and en, Nano ja too, nano-mlt all of them",
             metavar="LANG",
             short=("-l",),
         ),
@@ -152,9 +156,92 @@ class Settings:
         default="auto",
         metadata=_about(
             "recognition",
-            OneOf(("auto", "float32", "bfloat16")),
+            OneOf(
+                ("auto", "float32", "bfloat16"),
+                because="in float16 Nano writes garbage and Paraformer's encoder overflows",
+            ),
             "precision of the computation",
             metavar="TYPE",
+        ),
+    )
+    quantize: str | None = field(
+        default=None,
+        metadata=_about(
+            "recognition",
+            Quantized(),
+            "bits of Nano's layers, as encoder=8,llm=4 or in short",
+            metavar="SPEC",
+            unset="none",
+        ),
+    )
+    hotwords: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            "recognition",
+            Words(),
+            "names and terms that Nano should expect, separated by commas",
+            metavar="LIST",
+            also=("--hotword",),
+        ),
+    )
+    spoken_form: bool = field(
+        default=False,
+        metadata=_about(
+            "recognition",
+            Switch(),
+            "have Nano write numbers and dates as they are spoken",
+            also=("--no-itn",),
+        ),
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata=_about(
+            "recognition",
+            Number(0, 2),
+            "sample Nano's tokens instead of taking the most probable",
+            metavar="T",
+            unset="greedy",
+        ),
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata=_about(
+            "recognition",
+            Number(0.01, 1),
+            "sample only from the most probable tokens that reach P together",
+            metavar="P",
+            unset="all",
+        ),
+    )
+    repetition_penalty: float | None = field(
+        default=None,
+        metadata=_about(
+            "recognition",
+            Number(0.5, 2),
+            "above 1 Nano repeats itself less; 1 is what it was trained for",
+            metavar="P",
+            unset="none",
+        ),
+    )
+    no_repeat_ngram: int | None = field(
+        default=None,
+        metadata=_about(
+            "recognition",
+            Whole(2, 100),
+            "forbid Nano to write so many tokens twice in a segment",
+            metavar="N",
+            unset="none",
+        ),
+    )
+    timing_model: str | None = field(
+        default=None,
+        metadata=_about(
+            "recognition",
+            Model(("none", "paraformer", "sample-paraformer")),
+            "a Paraformer that times Nano's words where it has no CTC head; auto takes one that "
+            "is on this machine",
+            metavar="NAME",
+            unset="auto",
         ),
     )
     channel: int | None = field(
@@ -253,6 +340,17 @@ class Settings:
             Number(0, 10),
             "overlap of the windows without a VAD, in seconds",
             metavar="S",
+        ),
+    )
+
+    stream_encoder: bool = field(
+        default=False,
+        metadata=_about(
+            "segmentation",
+            Switch(),
+            "with Nano, for the first text soon: no VAD and no overlap, but pieces of up to 10 "
+            "seconds that touch, each encoded with the audio around it; --events has each text "
+            "as soon as it is there",
         ),
     )
 
@@ -363,6 +461,17 @@ class Settings:
             unset="auto",
         ),
     )
+    draft: str | None = field(
+        default=None,
+        metadata=_about(
+            "run",
+            Model(("none", "ctc", "paraformer", "lookup")),
+            "what guesses Nano's next tokens, so that it checks many at once; a folder is a "
+            "smaller Nano",
+            metavar="NAME",
+            unset="auto",
+        ),
+    )
     cache_dir: Path | None = field(
         default=None,
         metadata=_about(
@@ -426,9 +535,13 @@ def _digest(settings: Settings, groups: frozenset[Group]) -> str:
     values = {
         name: value
         for name, key in KEYS.items()
-        if key.group in groups and (value := getattr(settings, name)) not in (None, ())
+        if key.group in groups and not _is_unset(value := getattr(settings, name))
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _is_unset(value: object) -> bool:
+    return value is None or value is False or value == ()
 
 
 def flag_of(name: str) -> str:

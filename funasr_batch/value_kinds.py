@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Literal, TypeAlias
 
+from funasr_batch.weights.quantize import parse_quantization
+
 Value: TypeAlias = str | int | float | bool | Path | tuple[str, ...] | None
 
 
@@ -32,10 +34,13 @@ class Switch:
 class OneOf:
     names: tuple[str, ...]
     synonyms: Mapping[str, str] = field(default_factory=dict)
+    because: str = ""
+    """Why a value that users may expect is not among them."""
 
     @property
     def allowed(self) -> str:
-        return f"{', '.join(self.names[:-1])} or {self.names[-1]}"
+        reason = f" ({self.because})" if self.because else ""
+        return f"{', '.join(self.names[:-1])} or {self.names[-1]}{reason}"
 
     def check(self, value: object, folder: Path) -> str:
         if not isinstance(value, str):
@@ -131,6 +136,18 @@ class Globs:
 
 
 @dataclass(frozen=True, slots=True)
+class Words:
+    """Terms: a list, or text with commas between them."""
+
+    allowed = "words with commas between them, or a list of words"
+    names = ()
+
+    def check(self, value: object, folder: Path) -> tuple[str, ...]:
+        items = re.split("[,，、]", value) if isinstance(value, str) else _strings(value)
+        return tuple(dict.fromkeys(item.strip() for item in items if item.strip()))
+
+
+@dataclass(frozen=True, slots=True)
 class PathOf:
     """A path; it becomes absolute. `-`, standard output, stays `-`."""
 
@@ -173,7 +190,23 @@ class Model:
         return os.fspath(_absolute(text, folder)) if is_folder else text
 
 
-Kind: TypeAlias = Switch | OneOf | SomeOf | Number | Whole | Track | Globs | PathOf | Model
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Bits of a model's layers: a preset's name or `encoder=8,llm=4`, which it becomes."""
+
+    names = ("int8", "int8-all", "int4")
+    allowed = "int8, int8-all, int4 or bits such as encoder=8,llm=4 (each 4 or 8)"
+
+    def check(self, value: object, folder: Path) -> str | None:
+        if not isinstance(value, str):
+            raise ValueError
+        plan = parse_quantization(value)
+        return str(plan) if plan else None
+
+
+Kind: TypeAlias = (
+    Switch | OneOf | SomeOf | Number | Whole | Track | Globs | Words | PathOf | Model | Quantized
+)
 
 
 def _strings(value: object) -> tuple[str, ...]:

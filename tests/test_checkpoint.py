@@ -66,6 +66,31 @@ def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "model")
 
 
+def test_files_beside_the_weights(folder: Path, tmp_path: Path) -> None:
+    files = {"tokenizer.json": b'{"model": {}}', "ctc.tiktoken": b"aA== 0\n"}
+    checkpoint = open_checkpoint(write(tmp_path / "nano", files=files))
+    assert checkpoint.tokenizer == tmp_path / "nano" / "tokenizer.json"
+    assert checkpoint.ctc_vocabulary == tmp_path / "nano" / "ctc.tiktoken"
+    for name, content in files.items():
+        assert (tmp_path / "nano" / name).read_bytes() == content
+    without = open_checkpoint(folder)
+    assert without.tokenizer is None
+    assert without.ctc_vocabulary is None
+
+
+def test_codes_are_no_mistake_where_a_quantised_layer_is_expected(tmp_path: Path) -> None:
+    found = {"x.weight": TensorSpec("U32", (4, 8)), "x.scales": TensorSpec("BF16", (4, 1))}
+    check_tensors(found, {"x.weight": (4, 8), "x.scales": (4, 1)}, path=tmp_path)
+    with pytest.raises(CheckpointError, match=r"not floating-point:\n    x\.weight U32"):
+        check_tensors(found, {"x.weight": (4, 8)}, path=tmp_path, unused=("x.scales",))
+
+
+def test_the_raw_bytes_of_a_tensor(folder: Path) -> None:
+    header = read_header(folder / "model.safetensors")
+    for name, array in ARRAYS.items():
+        assert header.read_raw(name).tobytes() == array.tobytes()
+
+
 def test_what_is_written_is_what_is_opened(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert checkpoint.folder == folder

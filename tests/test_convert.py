@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,12 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from nano_folder import ADDED, CONFIG, LLM_CONFIG, nano_arrays, write_nano_folder
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 from torch_files import cmvn_text, write_funasr_folder, write_pt
 
 from funasr_batch.errors import CheckpointError, StorageError
 from funasr_batch.weights.checkpoint import open_checkpoint
 from funasr_batch.weights.convert import ARCHITECTURES, convert, ensure_converted
+from funasr_batch.weights.safetensors_file import read_header
 from funasr_batch.weights.torch_pickle import open_pt
 
 
@@ -149,9 +154,6 @@ def test_memory_holds_one_tensor_at_a_time(source: Path, tmp_path: Path) -> None
     assert largest < peak < 1.5 * largest
 
 
-# --- refusals -------------------------------------------------------------------------------------
-
-
 def replace_in_config(old: str, new: str) -> Callable[[Path], object]:
     def change(source: Path) -> None:
         path = source / "config.yaml"
@@ -174,6 +176,256 @@ def remove(name: str) -> Callable[[Path], object]:
 def overwrite(name: str, content: str | bytes) -> Callable[[Path], object]:
     data = content if isinstance(content, bytes) else content.encode()
     return lambda source: (source / name).write_bytes(data)
+
+
+# --- Fun-ASR-Nano ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nano(tmp_path: Path) -> Path:
+    return write_nano_folder(tmp_path / "nano")
+
+
+def raw_bytes(folder: Path) -> dict[str, bytes]:
+    header = read_header(folder / "model.safetensors")
+    return {name: header.read_raw(name).tobytes() for name in header.specs}
+
+
+def test_nano_of_funasr(oracle: Path, tmp_path: Path) -> None:
+    source = oracle / "checkpoints" / "nano-tiny"
+    checkpoint = open_checkpoint(convert(source, tmp_path / "converted"))
+    assert checkpoint.architecture == "FunASRNano"
+    assert checkpoint.tokens is None
+    assert checkpoint.cmvn is None
+    assert checkpoint.ctc_vocabulary is None
+    assert checkpoint.tokenizer is not None
+    tokenizer = source / "Qwen3-0.6B" / "tokenizer.json"
+    assert checkpoint.tokenizer.read_bytes() == tokenizer.read_bytes()
+    llm_config = json.loads((source / "Qwen3-0.6B" / "config.json").read_bytes())
+    assert checkpoint.config["llm_config"] == llm_config
+    assert checkpoint.config["audio_encoder_conf"]["tp_blocks"] == 3
+    assert {"Qwen3-0.6B/config.json", "Qwen3-0.6B/tokenizer.json"} <= checkpoint.source[
+        "sha256"
+    ].keys()
+
+    converted = load_file(checkpoint.folder / "model.safetensors")
+    with open_pt(source / "model.pt") as original:
+        assert original.tensors.keys() - converted.keys() == {"llm.lm_head.weight"}
+        for name in converted:
+            np.testing.assert_array_equal(converted[name], original.read(name), strict=True)
+
+
+def test_nano_keeps_types_and_bytes(nano: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(convert(nano, tmp_path / "converted"))
+    arrays = nano_arrays()
+    del arrays["llm.lm_head.weight"]
+    assert raw_bytes(checkpoint.folder) == {name: a.tobytes() for name, a in arrays.items()}
+    assert checkpoint.specs["llm.model.norm.weight"].dtype == "BF16"
+    assert checkpoint.ctc_vocabulary is not None
+    vocabulary = nano / "multilingual.tiktoken"
+    assert checkpoint.ctc_vocabulary.read_bytes() == vocabulary.read_bytes()
+    assert checkpoint.config["ctc_decoder_conf"] == CONFIG["ctc_decoder_conf"]
+    assert checkpoint.config["tokenizer_conf"] == {"init_param_path": "Qwen3-0.6B"}
+    assert "optim_conf" not in checkpoint.config
+
+
+CTC_NAMES = [name for name in nano_arrays() if name.startswith("ctc")]
+
+
+@pytest.mark.parametrize("missing", CTC_NAMES)
+def test_a_ctc_head_that_is_not_whole_is_left_out(nano: Path, tmp_path: Path, missing: str) -> None:
+    arrays = nano_arrays()
+    del arrays[missing]
+    write_pt(nano / "model.pt", arrays)
+    checkpoint = open_checkpoint(convert(nano, tmp_path / "converted"))
+    assert not [name for name in checkpoint.specs if name.startswith("ctc")]
+    assert checkpoint.specs.keys() == nano_arrays().keys() - {"llm.lm_head.weight", *CTC_NAMES}
+    assert "ctc_decoder" not in checkpoint.config
+    assert checkpoint.ctc_vocabulary is None
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"ctc_decoder": None},
+        {"ctc_decoder_conf": {"n_layer": 1}},
+        {"ctc_decoder_conf": {"n_layer": 3}},
+        {"ctc_decoder_conf": {"n_layer": "two"}},
+        {"ctc_decoder_conf": None},
+    ],
+    ids=str,
+)
+def test_a_ctc_head_that_is_not_described_is_left_out(
+    nano: Path, tmp_path: Path, conf: dict[str, object]
+) -> None:
+    (nano / "config.yaml").write_text(yaml.safe_dump({**CONFIG, **conf}))
+    checkpoint = open_checkpoint(convert(nano, tmp_path / "converted"))
+    assert checkpoint.specs.keys().isdisjoint(CTC_NAMES)
+
+
+def test_a_ctc_head_without_its_vocabulary(nano: Path, tmp_path: Path) -> None:
+    """The metadata of copies without it may name it still."""
+    metas(ctc_tokenizer_conf={"vocab_path": "multilingual.tiktoken"})(nano)
+    (nano / "multilingual.tiktoken").unlink()
+    checkpoint = open_checkpoint(convert(nano, tmp_path / "converted"))
+    assert checkpoint.specs.keys() >= set(CTC_NAMES)
+    assert checkpoint.ctc_vocabulary is None
+
+
+@pytest.mark.parametrize("where", ["llm.lm_head.weight", "llm.model.embed_tokens.weight"])
+def test_an_output_layer_of_its_own_is_refused(nano: Path, tmp_path: Path, where: str) -> None:
+    arrays = nano_arrays()
+    changed = arrays[where].copy()
+    changed[-1, -1] ^= 1
+    write_pt(nano / "model.pt", {**arrays, where: changed})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not equal to llm\.model\.embed"):
+        convert(nano, tmp_path / "converted")
+
+
+def test_a_model_without_an_output_layer_is_as_good(nano: Path, tmp_path: Path) -> None:
+    with_head = open_checkpoint(convert(nano, tmp_path / "with"))
+    arrays = nano_arrays()
+    del arrays["llm.lm_head.weight"]
+    write_pt(nano / "model.pt", arrays)
+    without = open_checkpoint(convert(nano, tmp_path / "without"))
+    assert without.weights_sha256 == with_head.weights_sha256
+
+
+def test_the_output_layer_is_compared_one_tensor_at_a_time(nano: Path, tmp_path: Path) -> None:
+    arrays = nano_arrays()
+    arrays["llm.model.embed_tokens.weight"] = np.ones((1 << 10, 1 << 13), np.uint16)
+    arrays["llm.lm_head.weight"] = arrays["llm.model.embed_tokens.weight"]
+    largest = arrays["llm.lm_head.weight"].nbytes
+    write_pt(nano / "model.pt", arrays)
+    del arrays
+    tracemalloc.start()
+    convert(nano, tmp_path / "converted")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < peak < 1.5 * largest
+
+
+def test_a_tokenizer_from_its_parts(nano: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(convert(nano, tmp_path / "converted"))
+    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
+    assert {token: tokenizer.token_to_id(token) for token in ADDED.values()} == {
+        token: number for number, token in ADDED.items()
+    }
+    ids = tokenizer.encode("<|im_start|>hi 好\n<think>").ids
+    assert ids == [11, 2, 3, 9, 4, 13]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hi 好\n<think>"
+
+
+def test_a_tokenizer_from_its_parts_is_the_published_one(oracle: Path, tmp_path: Path) -> None:
+    source = tmp_path / "nano"
+    shutil.copytree(oracle / "checkpoints" / "nano-tiny", source, copy_function=shutil.copyfile)
+    for folder in (source, source / "Qwen3-0.6B"):
+        folder.chmod(0o755)
+    published = json.loads((source / "Qwen3-0.6B" / "tokenizer.json").read_bytes())
+    (source / "Qwen3-0.6B" / "tokenizer.json").unlink()
+    checkpoint = open_checkpoint(convert(source, tmp_path / "converted"))
+    assert checkpoint.tokenizer is not None
+    built = json.loads(checkpoint.tokenizer.read_bytes())
+    assert built["added_tokens"] == published["added_tokens"]
+    for key in ("vocab", "merges"):
+        assert built["model"][key] == published["model"][key]
+    one, other = (Tokenizer.from_str(json.dumps(content)) for content in (built, published))
+    text = "<|im_start|>user\n语音转写：It's 12,5 — don't\u3000 stop!  \r\n\n ok<|im_end|>é"
+    assert one.encode(text).ids == other.encode(text).ids
+
+
+def test_files_of_nano_are_where_the_metadata_says(nano: Path, tmp_path: Path) -> None:
+    (nano / "parts").mkdir()
+    (nano / "Qwen3-0.6B").rename(nano / "parts" / "llm")
+    (nano / "multilingual.tiktoken").rename(nano / "parts" / "v.tiktoken")
+    metas(
+        llm_conf={"init_param_path": "parts/llm"},
+        tokenizer_conf={"init_param_path": "parts/llm/"},
+        dataset_conf={"ctc_tokenizer_conf": {"vocab_path": "parts/v.tiktoken"}},
+    )(nano)
+    checkpoint = open_checkpoint(convert(nano, tmp_path / "converted"))
+    assert checkpoint.tokenizer is not None
+    assert checkpoint.ctc_vocabulary is not None
+    assert {"parts/llm/config.json", "parts/llm/vocab.json", "parts/v.tiktoken"} <= (
+        checkpoint.source["sha256"].keys()
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen3-0.6B/config.json", "Qwen3-0.6B/vocab.json", "multilingual.tiktoken"]
+)
+def test_a_changed_file_of_nano_converts_again(nano: Path, tmp_path: Path, name: str) -> None:
+    first = ensure_converted(nano, tmp_path / "cache")
+    assert ensure_converted(nano, tmp_path / "cache") == first
+    stat = (nano / name).stat()
+    os.utime(nano / name, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert ensure_converted(nano, tmp_path / "cache") != first
+
+
+@pytest.mark.parametrize("text", ["${a.b}", "${config}", "${x}", "${y}", "a ${llm} b"])
+def test_a_reference_that_leads_nowhere_is_text(nano: Path, tmp_path: Path, text: str) -> None:
+    config = {**CONFIG, "model_conf": {"v": text}, "config": {"a": 1}, "x": "${y}", "y": "${x}"}
+    (nano / "config.yaml").write_text(yaml.safe_dump(config))
+    checkpoint = open_checkpoint(convert(nano, tmp_path / "converted"))
+    assert checkpoint.config["model_conf"] == {"v": text}
+
+
+def llm_config(**changes: object) -> Callable[[Path], object]:
+    content = json.dumps({**LLM_CONFIG, **changes})
+    return lambda nano: (nano / "Qwen3-0.6B" / "config.json").write_text(content)
+
+
+def tokens_config(**entries: object) -> Callable[[Path], object]:
+    content = json.dumps({"added_tokens_decoder": entries})
+    return lambda nano: (nano / "Qwen3-0.6B" / "tokenizer_config.json").write_text(content)
+
+
+NANO_REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no llm config": (remove("Qwen3-0.6B/config.json"), r"Qwen3-0\.6B has no config\.json"),
+    "another llm": (llm_config(model_type="llama"), 'model_type "llama"'),
+    "attention bias": (llm_config(attention_bias=True), "attention_bias true"),
+    "rope scaling": (llm_config(rope_scaling={"factor": 2}), "rope_scaling {"),
+    "untied": (llm_config(tie_word_embeddings=False), "tie_word_embeddings false"),
+    "perhaps untied": (llm_config(tie_word_embeddings=None), "tie_word_embeddings null"),
+    "sliding window": (llm_config(use_sliding_window=True), "use_sliding_window true"),
+    "another activation": (llm_config(hidden_act="gelu"), 'hidden_act "gelu"'),
+    "llm config no JSON": (overwrite("Qwen3-0.6B/config.json", "{"), "not JSON"),
+    "llm config a list": (overwrite("Qwen3-0.6B/config.json", "[]"), "holds no dictionary"),
+    "llm config no number": (llm_config(x=float("inf")), "not a usable number"),
+    "llm config too long": (llm_config(x=[0] * 20_000), "more than 10000 values"),
+    "no merges": (remove("Qwen3-0.6B/merges.txt"), "no tokenizer.json, and not all of"),
+    "tokenizer no JSON": (overwrite("Qwen3-0.6B/tokenizer.json", "x"), "tokenizer.json is not"),
+    "tokenizer a list": (overwrite("Qwen3-0.6B/tokenizer.json", "[]"), "not describe a tokenizer"),
+    "merges of others": (overwrite("Qwen3-0.6B/merges.txt", "q z\n"), "does not fit vocab.json"),
+    "broken merges": (overwrite("Qwen3-0.6B/merges.txt", "h\n"), "does not fit vocab.json"),
+    "vocabulary a list": (overwrite("Qwen3-0.6B/vocab.json", "[1]"), "does not fit vocab.json"),
+    "a gap in the ids": (tokens_config(**{"12": {"content": "<x>"}}), "'<x>' has the id 12, .* 10"),
+    "an id twice": (tokens_config(**{"3": {"content": "hi"}}), "'hi' has the id 3, .* have 2"),
+    "no added tokens": (overwrite("Qwen3-0.6B/tokenizer_config.json", "{}"), "no added_tokens"),
+    "an odd added token": (tokens_config(**{"10": {"content": 3}}), "added token 10 is malformed"),
+    "llm outside": (metas(llm_conf={"init_param_path": "../q"}), "not inside the folder"),
+    "llm absolute": (metas(llm_conf={"init_param_path": "/q"}), "not inside the folder"),
+    "llm not there": (metas(llm_conf={"init_param_path": "q"}), "q has no config.json"),
+    "llm outside by config": (
+        replace_in_config("init_param_path: Qwen3-0.6B", "init_param_path: ../Qwen3-0.6B"),
+        "config.yaml: llm_conf.init_param_path names '../Qwen3-0.6B', which is not inside",
+    ),
+    "tokenizer outside": (metas(tokenizer_conf={"init_param_path": "a/../../b"}), "not inside"),
+    "vocabulary outside": (metas(ctc_tokenizer_conf={"vocab_path": "/etc/passwd"}), "not inside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), NANO_REFUSALS.values(), ids=NANO_REFUSALS.keys())
+def test_refusals_of_nano(
+    nano: Path, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    change(nano)
+    with pytest.raises(CheckpointError, match=message):
+        convert(nano, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+# --- refusals -------------------------------------------------------------------------------------
 
 
 ALIASES = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nano_folder import write_nano_folder
 from torch_files import write_funasr_folder, write_pt
 
 from funasr_batch.errors import CheckpointError, ModelError
@@ -63,13 +64,14 @@ def test_an_incomplete_folder_says_what_is_missing(tmp_path: Path) -> None:
     ("name", "message", "hint"),
     [
         ("ms:iic/speech_paraformer", "ModelScope", "hf:ORG/NAME"),
-        ("nano", "cannot run nano", "paraformer"),
-        ("nano-mlt", "cannot run nano-mlt", "paraformer"),
-        ("sample-nano", "cannot run sample-nano", "paraformer"),
         ("hf:funasr", "not a model name", "hf:ORG/NAME"),
         ("hf:a/b/c", "not a model name", "hf:ORG/NAME"),
         ("hf:a/b@../../x", "not a model name", "hf:ORG/NAME"),
-        ("./no/such/folder", "no model and no folder", "sample-paraformer, paraformer, fsmn-vad"),
+        (
+            "./no/such/folder",
+            "no model and no folder",
+            "sample-paraformer, sample-nano, paraformer, nano, nano-mlt, fsmn-vad",
+        ),
         ("", "no model and no folder", "paraformer"),
     ],
 )
@@ -138,20 +140,24 @@ class HubHandler(BaseHTTPRequestHandler):
         elif rest[1:2] not in ([], ["main"], ["v1"], [COMMIT]):
             self._error(404, "RevisionNotFound")
         elif not api:
-            self._file(self.hub.repositories[repo] / rest[2])
+            self._file(self.hub.repositories[repo].joinpath(*rest[2:]))
         elif rest[:1] == ["tree"]:
-            self._json([self._tree_entry(file) for file in self._files(repo)])
+            self._json([self._tree_entry(repo, file) for file in self._files(repo)])
         else:
-            siblings = [{"rfilename": file.name} for file in self._files(repo)]
+            siblings = [{"rfilename": self._name(repo, file)} for file in self._files(repo)]
             self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings})
 
     def _files(self, repo: str) -> list[Path]:
-        return sorted(self.hub.repositories[repo].iterdir())
+        files = self.hub.repositories[repo].rglob("*")
+        return sorted(file for file in files if file.is_file())
 
-    def _tree_entry(self, file: Path) -> dict[str, Any]:
+    def _name(self, repo: str, file: Path) -> str:
+        return file.relative_to(self.hub.repositories[repo]).as_posix()
+
+    def _tree_entry(self, repo: str, file: Path) -> dict[str, Any]:
         data = file.read_bytes()
         oid = hashlib.sha1(data).hexdigest()
-        return {"type": "file", "path": file.name, "size": len(data), "oid": oid}
+        return {"type": "file", "path": self._name(repo, file), "size": len(data), "oid": oid}
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -391,11 +397,38 @@ def test_the_advice_for_a_host_without_network_works(
     assert open_checkpoint(Path(answer["folder"])).revision == COMMIT
 
 
-def test_the_sample_model(tmp_path: Path) -> None:
-    folder = Path(__file__).parents[1] / "funasr_batch" / "sample_models" / "sample-paraformer"
+def test_nano_comes_with_its_language_model_s_files(hub: Hub, machine: Machine) -> None:
+    repository = write_nano_folder(machine.home.parent / "nano")
+    for unwanted in ("config.json", "vocab.json", "Qwen3-0.6B/model.safetensors", "example/zh.mp3"):
+        (repository / unwanted).parent.mkdir(exist_ok=True)
+        (repository / unwanted).write_bytes(bytes(100))
+    hub.repositories[HUB_MODELS["nano"]] = repository
+    checkpoint = open_checkpoint(Path(machine.look_up("nano")["folder"]))
+    assert checkpoint.architecture == "FunASRNano"
+    assert checkpoint.tokenizer is not None
+    assert checkpoint.ctc_vocabulary is not None
+    snapshots = machine.home / ".cache/huggingface/hub/models--FunAudioLLM--Fun-ASR-Nano-2512"
+    snapshot = snapshots / "snapshots" / COMMIT
+    assert {p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()} == {
+        "config.yaml", "model.pt", "multilingual.tiktoken", "Qwen3-0.6B/config.json",
+        "Qwen3-0.6B/vocab.json", "Qwen3-0.6B/merges.txt", "Qwen3-0.6B/tokenizer_config.json",
+    }  # fmt: skip
+
+    (snapshot / "Qwen3-0.6B" / "merges.txt").unlink()
+    assert machine.look_up("nano", offline=True, sockets=False)["error"] == "ModelError"
+    assert "folder" in machine.look_up("nano")
+    assert (snapshot / "Qwen3-0.6B" / "merges.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("sample-paraformer", "Paraformer"), ("sample-nano", "FunASRNano")],
+)
+def test_the_sample_models(tmp_path: Path, name: str, architecture: str) -> None:
+    folder = Path(__file__).parents[1] / "funasr_batch" / "sample_models" / name
     if not folder.is_dir():
-        with pytest.raises(ModelError, match="not part of this installation"):
-            resolve("sample-paraformer", tmp_path)
+        with pytest.raises(ModelError, match=f"{name} is not part of this installation"):
+            resolve(name, tmp_path)
         return
-    assert resolve("sample-paraformer", tmp_path) == folder
-    assert open_checkpoint(folder).architecture == "Paraformer"
+    assert resolve(name, tmp_path) == folder
+    assert open_checkpoint(folder).architecture == architecture

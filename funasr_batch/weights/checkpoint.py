@@ -4,6 +4,8 @@
                         front end's float32 `cmvn.shift`, `cmvn.scale` where the model has them
     model.json          architecture, configuration, digests: what `Checkpoint` holds
     tokens.json         the vocabulary: a list of strings (only where the model has one)
+    tokenizer.json      the language model's tokenizer, and
+    ctc.tiktoken        the vocabulary of its CTC head (only where the model has them)
 
 A folder appears whole or not at all. MLX is imported only when tensors are loaded.
 """
@@ -25,6 +27,7 @@ import numpy.typing as npt
 
 from funasr_batch import __version__
 from funasr_batch.errors import CheckpointError, StorageError
+from funasr_batch.weights.quantize import Quantization
 from funasr_batch.weights.safetensors_file import (
     Header,
     TensorSpec,
@@ -39,6 +42,8 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
 TOKENS_FILE = "tokens.json"
+TOKENIZER_FILE = "tokenizer.json"
+CTC_VOCABULARY_FILE = "ctc.tiktoken"
 CMVN_SHIFT = "cmvn.shift"
 CMVN_SCALE = "cmvn.scale"
 
@@ -67,12 +72,24 @@ class Checkpoint:
     """Where it was converted from: `revision` of the hub, `sha256` of each file."""
     specs: Mapping[str, TensorSpec] = field(repr=False)
     """The model's tensors, without CMVN."""
+    quantization: Quantization | None = None
+    """How the tensors were quantised before they were written, if they were."""
 
     @property
     def revision(self) -> str | None:
         """The hub's commit it was converted from, where that is known."""
         revision = self.source.get("revision")
         return revision if isinstance(revision, str) else None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The language model's `tokenizer.json`, where the model has one."""
+        return _if_there(self.folder / TOKENIZER_FILE)
+
+    @property
+    def ctc_vocabulary(self) -> Path | None:
+        """The vocabulary of the CTC head in tiktoken's format, where the model has one."""
+        return _if_there(self.folder / CTC_VOCABULARY_FILE)
 
     def load_tensors(self) -> dict[str, mx.array]:
         """The model's tensors, without CMVN; MLX reads each from the disk when it is first used."""
@@ -109,6 +126,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         weights_sha256=description["weights_sha256"],
         source=description["source"],
         specs={n: s for n, s in header.specs.items() if n not in (CMVN_SHIFT, CMVN_SCALE)},
+        quantization=_read_quantization(folder / DESCRIPTION_FILE, description),
     )
 
 
@@ -127,11 +145,14 @@ def write_checkpoint(
     tensors: Mapping[str, TensorSpec],
     read: Callable[[str], npt.NDArray[Any]],
     source: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Writes a converted folder whole: in a temporary folder beside it, synced, then renamed.
 
     `read(name)` gives the values of one tensor of `tensors`; it is called once for each, so that
-    memory holds one tensor at a time. `source` says where the model came from.
+    memory holds one tensor at a time. `source` says where the model came from; `files` are written
+    beside the weights, as they are; `quantization` says how `tensors` were quantised.
 
     Raises:
         StorageError: the disk refuses.
@@ -148,6 +169,8 @@ def write_checkpoint(
             digest = write_safetensors(partial / WEIGHTS_FILE, specs, read_any)
             if tokens is not None:
                 _write_json(partial / TOKENS_FILE, list(tokens))
+            for name, content in (files or {}).items():
+                _write_file(partial / name, content)
             description = {
                 "format_version": FORMAT_VERSION,
                 "tool": {"name": "funasr-batch", "version": __version__},
@@ -157,6 +180,8 @@ def write_checkpoint(
                 "source": dict(source or {}),
                 "weights_sha256": digest,
             }
+            if quantization is not None:
+                description["quantization"] = quantization.description()
             _write_json(partial / DESCRIPTION_FILE, description)
             _sync_folder(partial)
             _rename(partial, destination)
@@ -192,7 +217,7 @@ def check_tensors(
 
     Raises:
         CheckpointError: one message lists what is missing, unexpected, of another shape or not
-            of a floating-point type.
+            of a floating-point type, which the codes of a quantised layer need not be.
     """
     missing = [name for name in expected if name not in found]
     unexpected = [n for n in found if n not in expected and not n.startswith(unused)]
@@ -203,7 +228,9 @@ def check_tensors(
         if found[name].shape != expected[name]
     ]
     retyped = [
-        f"{name} {found[name].dtype}" for name in shared if found[name].dtype not in _FLOATING
+        f"{name} {found[name].dtype}"
+        for name in shared
+        if found[name].dtype not in _FLOATING and not _is_packed(name, found[name], expected)
     ]
     problems = [
         _listing(title, names)
@@ -223,12 +250,21 @@ def check_tensors(
         )
 
 
+def _is_packed(name: str, spec: TensorSpec, expected: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether these are the codes of a layer that the model expects to be quantised."""
+    return spec.dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in expected
+
+
 def read_tokens(path: Path) -> tuple[str, ...]:
     """Reads a vocabulary: a JSON list of strings."""
     tokens = _read_json(path)
     if not isinstance(tokens, list) or not all(_is_text(token) for token in tokens):
         raise CheckpointError(f"{path} is not a list of strings")
     return tuple(tokens)
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.is_file() else None
 
 
 def _is_text(value: Any) -> bool:
@@ -288,6 +324,19 @@ def _read_description(path: Path) -> dict[str, Any]:
             )
 
 
+def _read_quantization(path: Path, description: Mapping[str, Any]) -> Quantization | None:
+    value = description.get("quantization")
+    if value is None:
+        return None
+    try:
+        return Quantization.from_description(value)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} tells of a quantisation that this version does not know",
+            hint=_CONVERT_AGAIN,
+        ) from error
+
+
 def _read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
@@ -300,9 +349,13 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, allow_nan=False, indent=1)
-        file.write("\n")
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
+    _write_file(path, f"{text}\n".encode())
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -3,6 +3,7 @@
 Read: `configuration.json`, whose `file_path_metas` say where the other files are; else
 `config.yaml`, `model.pt`, `am.mvn` and `tokens.json` or `tokens.txt`
 (FunASR funasr/download/download_model_from_hub.py). Tensors keep their names, shapes and dtypes.
+What only Fun-ASR-Nano has is in nano_files.py.
 """
 
 from __future__ import annotations
@@ -10,23 +11,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from funasr_batch.errors import CheckpointError, StorageError
 from funasr_batch.weights.checkpoint import (
+    CTC_VOCABULARY_FILE,
     FORMAT_VERSION,
+    TOKENIZER_FILE,
     Checkpoint,
     Cmvn,
     is_converted,
@@ -35,11 +35,28 @@ from funasr_batch.weights.checkpoint import (
     read_tokens,
     write_checkpoint,
 )
+from funasr_batch.weights.nano_files import (
+    NanoFiles,
+    find_nano_files,
+    has_ctc,
+    kept_tensors,
+    read_llm_config,
+    read_tokenizer,
+)
 from funasr_batch.weights.safetensors_file import TensorSpec
+from funasr_batch.weights.source_files import (
+    INCOMPLETE,
+    named,
+    read_config,
+    read_metas,
+    read_text,
+    required,
+)
 from funasr_batch.weights.torch_pickle import TensorFile, open_pt
 
-ARCHITECTURES = ("Paraformer", "BiCifParaformer", "SeacoParaformer", "FsmnVADStreaming")
-_WITHOUT_TOKENS = frozenset({"FsmnVADStreaming"})
+NANO = "FunASRNano"
+ARCHITECTURES = ("Paraformer", "BiCifParaformer", "SeacoParaformer", "FsmnVADStreaming", NANO)
+_WITHOUT_TOKENS = frozenset({"FsmnVADStreaming", NANO})
 
 _CONFIG_KEYS = (
     "model_conf",
@@ -56,9 +73,26 @@ _CONFIG_KEYS = (
     "tokenizer",
     "tokenizer_conf",
 )
-_MAX_TEXT_BYTES = 16 << 20
-_MAX_CONFIG_VALUES = 10_000
-_INCOMPLETE = "The folder is incomplete: download or copy it again."
+_NANO_CTC_KEYS = ("ctc_decoder", "ctc_decoder_conf", "ctc_conf", "ctc_vocab_size")
+_NANO_CONFIG_KEYS = (
+    "model_conf",
+    "input_size",
+    "audio_encoder",
+    "audio_encoder_conf",
+    "audio_adaptor",
+    "audio_adaptor_conf",
+    "llm",
+    "llm_conf",
+    *_NANO_CTC_KEYS,
+    "ctc_tokenizer",
+    "ctc_tokenizer_conf",
+    "detach_ctc_decoder",
+    "dataset_conf",
+    "frontend",
+    "frontend_conf",
+    "tokenizer",
+    "tokenizer_conf",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +107,16 @@ class FunasrFolder:
     weights: Path
     cmvn: Path | None
     tokens: Path | None
+    nano: NanoFiles | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a converted folder will hold, beside the values of the tensors."""
+
+    config: Mapping[str, Any]
+    tensors: tuple[str, ...]
+    files: Mapping[str, bytes]
 
 
 def convert(source: Path, destination: Path, *, revision: str | None = None) -> Path:
@@ -127,9 +171,9 @@ def read_layout(source: Path) -> FunasrFolder:
         CheckpointError: a file is missing, leads out of the folder, or the model is of a kind that
             this version does not know.
     """
-    metadata, metas = _read_metas(source / "configuration.json")
-    config_file = _named(source, metas, "config") or source / "config.yaml"
-    config = _read_config(config_file)
+    metadata, metas = read_metas(source / "configuration.json")
+    config_file = named(source, metas, "config") or source / "config.yaml"
+    config = read_config(config_file)
     architecture = config.get("model")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
@@ -137,36 +181,56 @@ def read_layout(source: Path) -> FunasrFolder:
             "cannot run",
             hint=f"It runs {', '.join(ARCHITECTURES)}.",
         )
-    weights = _named(source, metas, "init_param") or _required(source / "model.pt")
+    weights = named(source, metas, "init_param") or required(source / "model.pt")
     tokens = None
     if architecture not in _WITHOUT_TOKENS:
-        tokens = _named(source, metas, "tokenizer_conf", "token_list") or _default_tokens(source)
+        tokens = named(source, metas, "tokenizer_conf", "token_list") or _default_tokens(source)
     cmvn = None
     if _wants_cmvn(config):
-        cmvn = _named(source, metas, "frontend_conf", "cmvn_file") or _required(source / "am.mvn")
+        cmvn = named(source, metas, "frontend_conf", "cmvn_file") or required(source / "am.mvn")
+    nano = find_nano_files(source, metas, config_file, config) if architecture == NANO else None
+    files = (metadata, config_file, weights, cmvn, tokens, *(nano.all() if nano else ()))
+    keys = _NANO_CONFIG_KEYS if architecture == NANO else _CONFIG_KEYS
     return FunasrFolder(
         path=source,
         architecture=architecture,
-        config={key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None},
-        files=tuple(f for f in (metadata, config_file, weights, cmvn, tokens) if f is not None),
+        config={key: config[key] for key in keys if config.get(key) is not None},
+        files=tuple(dict.fromkeys(file for file in files if file is not None)),
         weights=weights,
         cmvn=cmvn,
         tokens=tokens,
+        nano=nano,
     )
 
 
 def _write(folder: FunasrFolder, destination: Path, source: Mapping[str, Any]) -> None:
     with open_pt(folder.weights) as weights:
+        contents = _contents(folder, weights)
+        entries = [weights.tensors[name] for name in contents.tensors]
         write_checkpoint(
             destination,
             architecture=folder.architecture,
-            config=folder.config,
+            config=contents.config,
             tokens=_read_tokens(folder.tokens),
             cmvn=_read_cmvn(folder),
-            tensors={n: TensorSpec(t.dtype, t.shape) for n, t in weights.tensors.items()},
+            tensors={entry.name: TensorSpec(entry.dtype, entry.shape) for entry in entries},
             read=lambda name: _read_finite(weights, name),
             source=source,
+            files=contents.files,
         )
+
+
+def _contents(folder: FunasrFolder, weights: TensorFile) -> _Contents:
+    if folder.nano is None:
+        return _Contents(folder.config, tuple(weights.tensors), {})
+    config = {**folder.config, "llm_config": read_llm_config(folder.nano.llm_config)}
+    files = {TOKENIZER_FILE: read_tokenizer(folder.nano.tokenizer)}
+    tensors = kept_tensors(weights, config)
+    if not has_ctc(tensors):
+        config = {key: value for key, value in config.items() if key not in _NANO_CTC_KEYS}
+    elif folder.nano.ctc_vocabulary is not None:
+        files[CTC_VOCABULARY_FILE] = read_text(folder.nano.ctc_vocabulary).encode()
+    return _Contents(config, tensors, files)
 
 
 def _read_finite(weights: TensorFile, name: str) -> npt.NDArray[Any]:
@@ -195,7 +259,11 @@ def _all_finite(values: npt.NDArray[Any], dtype: str) -> bool:
 def _holds(destination: Path, digests: Mapping[str, str]) -> bool:
     """Whether a good conversion of these very files is there."""
     checkpoint = _opened(destination)
-    return checkpoint is not None and checkpoint.source.get("sha256") == digests
+    return (
+        checkpoint is not None
+        and checkpoint.quantization is None
+        and checkpoint.source.get("sha256") == digests
+    )
 
 
 def _opened(destination: Path) -> Checkpoint | None:
@@ -243,47 +311,9 @@ def _remove_remains(destination: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _read_metas(path: Path) -> tuple[Path | None, Mapping[str, Any]]:
-    if not path.is_file():
-        return None, {}
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", hint=_INCOMPLETE) from error
-    metas = content.get("file_path_metas", {}) if isinstance(content, dict) else None
-    if not isinstance(metas, dict):
-        raise CheckpointError(f"{path}: file_path_metas is not a dictionary")
-    return path, metas
-
-
-def _named(source: Path, metas: Mapping[str, Any], *keys: str) -> Path | None:
-    """The file that configuration.json names under these keys, if it names one."""
-    value: Any = metas
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    if value is None:
-        return None
-    where = f"{source / 'configuration.json'}: {'.'.join(keys)}"
-    # Links are followed: the hub's cache is made of them. It is the name that must not climb out.
-    if (
-        not isinstance(value, str)
-        or not re.fullmatch(r"[^\0\\:]{1,255}", value)
-        or PurePosixPath(value).is_absolute()
-        or ".." in PurePosixPath(value).parts
-    ):
-        raise CheckpointError(f"{where} names {str(value)[:80]!a}, which is not inside the folder")
-    return _required(source / value)
-
-
-def _required(path: Path) -> Path:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {path.name}", hint=_INCOMPLETE)
-    return path
-
-
 def _default_tokens(source: Path) -> Path:
     older = source / "tokens.txt"
-    return older if older.is_file() else _required(source / "tokens.json")
+    return older if older.is_file() else required(source / "tokens.json")
 
 
 def _wants_cmvn(config: Mapping[str, Any]) -> bool:
@@ -297,7 +327,7 @@ def _read_tokens(path: Path | None) -> tuple[str, ...] | None:
         return None
     if path.suffix == ".json":
         return read_tokens(path)
-    return tuple(line.rstrip("\r") for line in _read_text(path).removesuffix("\n").split("\n"))
+    return tuple(line.rstrip("\r") for line in read_text(path).removesuffix("\n").split("\n"))
 
 
 def _read_cmvn(folder: FunasrFolder) -> Cmvn | None:
@@ -305,7 +335,7 @@ def _read_cmvn(folder: FunasrFolder) -> Cmvn | None:
         return None
     from funasr_batch.frontend import parse_am_mvn
 
-    cmvn = parse_am_mvn(_read_text(folder.cmvn))
+    cmvn = parse_am_mvn(read_text(folder.cmvn))
     width = _feature_width(folder)
     if cmvn.shift.shape != (width,) or cmvn.scale.shape != (width,):
         raise CheckpointError(
@@ -322,19 +352,8 @@ def _feature_width(folder: FunasrFolder) -> int:
         case _:
             raise CheckpointError(
                 f"{folder.path}: the configuration has no n_mels and lfr_m in frontend_conf",
-                hint=_INCOMPLETE,
+                hint=INCOMPLETE,
             )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_TEXT_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_TEXT_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text: {error}", hint=_INCOMPLETE) from error
 
 
 def _sha256(path: Path) -> str:
@@ -343,42 +362,3 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    text = _read_text(_required(path))
-    try:
-        config = _plain(yaml.load(text, _ConfigLoader), iter(range(_MAX_CONFIG_VALUES)))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a configuration that can be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no dictionary")
-    return config
-
-
-class _ConfigLoader(yaml.SafeLoader):
-    """Reads `1e-4` as a number, as FunASR's loader does; YAML 1.1 knows `1.0e-4` only."""
-
-
-_ConfigLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _plain(value: Any, budget: Iterator[int]) -> Any:
-    """A copy of what JSON can hold; the budget ends YAML's aliases of aliases of aliases."""
-    if next(budget, None) is None:
-        raise ValueError(f"it holds more than {_MAX_CONFIG_VALUES} values")
-    match value:
-        case dict():
-            return {str(key): _plain(item, budget) for key, item in value.items()}
-        case list():
-            return [_plain(item, budget) for item in value]
-        case float() if not math.isfinite(value):
-            raise ValueError(f"{value} is not a usable number")
-        case None | bool() | int() | float() | str():
-            return value
-        case _:
-            raise ValueError(f"a {type(value).__name__} has no place in it")

@@ -17,9 +17,11 @@ from funasr_batch.errors import CheckpointError, ModelError, StorageError
 
 HUB_MODELS: Mapping[str, str] = {
     "paraformer": "funasr/paraformer-zh",
+    "nano": "FunAudioLLM/Fun-ASR-Nano-2512",
+    "nano-mlt": "FunAudioLLM/Fun-ASR-MLT-Nano-2512",
     "fsmn-vad": "funasr/fsmn-vad",
 }
-SAMPLE_MODELS = ("sample-paraformer",)
+SAMPLE_MODELS = ("sample-paraformer", "sample-nano")
 WANTED_FILES = (
     "configuration.json",
     "config.yaml",
@@ -27,9 +29,15 @@ WANTED_FILES = (
     "am.mvn",
     "tokens.json",
     "tokens.txt",
+    "Qwen3-0.6B/config.json",
+    "Qwen3-0.6B/tokenizer.json",
+    "Qwen3-0.6B/tokenizer_config.json",
+    "Qwen3-0.6B/vocab.json",
+    "Qwen3-0.6B/merges.txt",
+    "multilingual.tiktoken",
 )
+"""Patterns for the hub, which are compared with whole relative paths."""
 
-_NOT_YET = frozenset({"nano", "nano-mlt", "sample-nano"})
 _HUB_NAME = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w./-]+))?", re.ASCII
 )
@@ -100,11 +108,6 @@ def _unknown(name: str) -> ModelError:
         )
     if name.startswith("hf:"):
         return ModelError(f"{name} is not a model name", hint="Write hf:ORG/NAME[@REVISION].")
-    if name in _NOT_YET:
-        return ModelError(
-            f"this version cannot run {name}",
-            hint="Use paraformer, which also gives the time of every character.",
-        )
     return ModelError(
         f"there is no model and no folder named '{name}'",
         hint=f"Known names: {known}; or a folder in FunASR's layout, or hf:ORG/NAME.",

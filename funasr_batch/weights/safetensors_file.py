@@ -75,9 +75,13 @@ class Header:
         spec = self.specs[name]
         if spec.dtype != "F32":
             raise CheckpointError(f"{self.path}: {name} is {spec.dtype}, not F32")
+        return self.read_raw(name).view("<f4").reshape(spec.shape)
+
+    def read_raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of one tensor, uint8 [nbytes]."""
         with self.path.open("rb") as file:
             file.seek(self.positions[name])
-            return np.frombuffer(file.read(spec.nbytes), "<f4").reshape(spec.shape)
+            return np.frombuffer(file.read(self.specs[name].nbytes), np.uint8)
 
 
 def write_safetensors(
