@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from funasr_batch.run.stopping import StopRequest
     from funasr_batch.settings import Settings
 
-RESERVED: Final = ("models", "status", "render", "verify", "evaluate", "benchmark")
+RESERVED: Final = ("status", "render", "verify", "evaluate", "benchmark")
 """First words kept for commands of later versions; a folder of that name is given as ./models."""
 
 INTERNAL_ERROR: Final = FunasrBatchError.exit_code
@@ -58,6 +58,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     match arguments:
         case ["doctor", *rest]:
             return _doctor(rest)
+        case ["models", *rest]:
+            return _models(rest)
         case [word, *_] if word in RESERVED:
             raise UsageError(
                 f"the command {word!r} is not in this version",
@@ -91,6 +93,14 @@ def _doctor(arguments: Sequence[str]) -> int:
     from funasr_batch.doctor import examine
 
     for line in examine():
+        _print(line)
+    return 0
+
+
+def _models(arguments: Sequence[str]) -> int:
+    from funasr_batch.models_command import run_models
+
+    for line in run_models(arguments):
         _print(line)
     return 0
 

@@ -7,32 +7,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from funasr_batch.errors import CheckpointError, FileError, ModelError
+from funasr_batch.errors import CheckpointError, FileError, ModelError, UsageError
 from funasr_batch.frontend import Cmvn, FrontEnd
 from funasr_batch.records import (
+    FRAME_SAMPLES,
+    BatchResult,
     Clip,
+    Excerpt,
     FloatArray,
     ModelInfo,
-    Recognition,
     Segment,
     TextSegment,
+    Token,
     Transcript,
 )
-from funasr_batch.segments import Segmenter, SegmentPolicy, WindowCutter
+from funasr_batch.segments import ContextCutter, Segmenter, SegmentPolicy, WindowCutter
 from funasr_batch.settings import Settings
-from funasr_batch.text.tokens import detokenise, render_text
 from funasr_batch.weights.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from funasr_batch.weights.hub import resolve_model
 
 if TYPE_CHECKING:
-    from funasr_batch.decoding.paraformer import BatchResult, ParaformerDecoding
+    import mlx.core as mx
+
+    from funasr_batch.decoding.nano import Companion, DraftSource
+    from funasr_batch.decoding.paraformer import ParaformerDecoding
     from funasr_batch.vad import VoiceActivityStream
+
+NANO: tuple[str, ...] = ("FunASRNano",)
+"""Architectures that write text with a language model; they are not imported to be told apart."""
 
 _BLANK, _SOS, _EOS = "<blank>", "<s>", "</s>"
 
@@ -42,6 +50,15 @@ class Cutter(Protocol):
 
     def accept(self, block: FloatArray) -> list[Clip]: ...
     def finish(self) -> list[Clip]: ...
+
+
+class Decoding(Protocol):
+    """A loaded network with its way of reading a batch; see `decoding`."""
+
+    def recognise(self, batch: Sequence[Any]) -> BatchResult:
+        """Features of each segment: float32 [L, 560], or, for Nano alone, an `Excerpt`."""
+
+    def text_segment(self, segment: Segment, recognition: Any) -> TextSegment: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +71,32 @@ class ModelFiles:
     """FSMN-VAD's; None where the embedded VAD or none is used."""
     vad_digest: str
     """Of the VAD's weights, whichever it is."""
+    quantization: str | None = None
+    timing: Checkpoint | None = None
+    """A Paraformer that reads the same segments as Nano: for times, or for drafts."""
+    draft: Checkpoint | None = None
+    """A smaller Nano whose texts are drafts; it changes no transcript."""
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo(self.name, self.asr.revision, self.asr.weights_sha256)
+        digest = self.asr.weights_sha256
+        return ModelInfo(self.name, self.asr.revision, digest, self.quantization)
+
+    @property
+    def is_nano(self) -> bool:
+        return self.asr.architecture in NANO
+
+    @property
+    def has_ctc(self) -> bool:
+        """Whether Nano can time its own words."""
+        return "ctc.ctc_lo.weight" in self.asr.specs and self.asr.ctc_vocabulary is not None
 
     @property
     def digest(self) -> str:
         """Names every weight that can change a transcript."""
         digests = f"{self.asr.weights_sha256} {self.vad_digest}"
+        if self.timing is not None and not self.has_ctc:
+            digests += f" {self.timing.weights_sha256}"
         return hashlib.sha256(digests.encode()).hexdigest()
 
 
@@ -75,19 +109,71 @@ def find_model(settings: Settings, cache_dir: Path) -> ModelFiles:
     def opened(name: str, offline: bool) -> Checkpoint:
         return open_checkpoint(resolve_model(name, offline=offline, cache_dir=cache_dir))
 
-    asr = opened(settings.model, settings.offline)
-    vad = None
-    if settings.vad == "fsmn" or (settings.vad == "auto" and settings.vad_model):
-        vad = opened(settings.vad_model or "fsmn-vad", settings.offline)
-    elif settings.vad == "auto" and not settings.model.startswith("sample-"):
-        # FunASR's own VAD where its weights lie at hand; it is not worth a download by itself.
+    def at_hand(name: str) -> Checkpoint | None:
+        """A model that would be good to have but is not worth a download by itself."""
         try:
-            vad = opened("fsmn-vad", True)
+            return opened(name, True)
         except CheckpointError:
             raise
         except ModelError:
-            vad = None
-    return ModelFiles(settings.model, asr, vad, _vad_digest(vad, settings))
+            return None
+
+    asr = opened(settings.model, settings.offline)
+    vad = None
+    if not _has_vad(settings):
+        pass
+    elif settings.vad == "fsmn" or (settings.vad == "auto" and settings.vad_model):
+        vad = opened(settings.vad_model or "fsmn-vad", settings.offline)
+    elif settings.vad == "auto" and not settings.model.startswith("sample-"):
+        vad = at_hand("fsmn-vad")
+    quantization = str(asr.quantization) if asr.quantization else settings.quantize
+    files = ModelFiles(settings.model, asr, vad, _vad_digest(vad, settings), quantization)
+    if not files.is_nano:
+        if settings.quantize:
+            raise UsageError(
+                f"{settings.model} is a {asr.architecture}: only Nano can be quantised",
+                hint="Leave quantize out, or choose --model nano.",
+            )
+        if settings.stream_encoder:
+            raise UsageError(
+                f"{settings.model} is a {asr.architecture}: it needs whole segments, and "
+                "stream_encoder hands out pieces that may begin and end within a sentence",
+                hint="Leave stream_encoder out, or choose --model nano.",
+            )
+        return files
+    return replace(
+        files,
+        timing=_timing_model(files, settings, opened, at_hand),
+        draft=_draft_model(settings, opened),
+    )
+
+
+def _timing_model(
+    files: ModelFiles,
+    settings: Settings,
+    opened: Callable[[str, bool], Checkpoint],
+    at_hand: Callable[[str], Checkpoint | None],
+) -> Checkpoint | None:
+    name = settings.timing_model
+    if settings.draft == "paraformer" and name in (None, "none"):
+        return opened("paraformer", settings.offline)
+    if name == "none" or (files.has_ctc and settings.draft != "paraformer"):
+        return None
+    return at_hand("paraformer") if name is None else opened(name, settings.offline)
+
+
+def _draft_model(
+    settings: Settings, opened: Callable[[str, bool], Checkpoint]
+) -> Checkpoint | None:
+    if settings.draft in (None, "none", "ctc", "paraformer", "lookup"):
+        return None
+    checkpoint = opened(settings.draft, settings.offline)
+    if checkpoint.architecture not in NANO:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds a {checkpoint.architecture}, which cannot draft for Nano",
+            hint="draft is ctc, paraformer, lookup, none or the folder of a smaller Nano.",
+        )
+    return checkpoint
 
 
 def _vad_digest(vad: Checkpoint | None, settings: Settings) -> str:
@@ -95,7 +181,12 @@ def _vad_digest(vad: Checkpoint | None, settings: Settings) -> str:
 
     if vad is not None:
         return vad.weights_sha256
-    return "none" if settings.vad == "none" else weights_sha256()
+    return weights_sha256() if _has_vad(settings) else "none"
+
+
+def _has_vad(settings: Settings) -> bool:
+    """The streaming encoder takes the place of a VAD, whichever is set."""
+    return settings.vad != "none" and not settings.stream_encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,43 +197,45 @@ class Recognizer:
     device: str
     dtype: str
     frontend: FrontEnd = field(repr=False)
-    tokens: tuple[str, ...] = field(repr=False)
     policy: SegmentPolicy = field(repr=False)
     new_vad: Callable[[], VoiceActivityStream] | None = field(repr=False)
-    """Makes the VAD of one recording; None for overlapping windows without a VAD."""
-    decoding: ParaformerDecoding = field(repr=False)
+    """Makes the VAD of one recording; None where it is cut without one."""
+    decoding: Decoding = field(repr=False)
     settings: Settings = field(repr=False)
+    decode_stage: Literal["predict/decode", "prefill/generate"] = "predict/decode"
+    """What the second half of the model's time is called in statistics."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know about how the model runs here."""
 
     def cutter(self) -> Cutter:
         """A fresh cutter for one recording."""
+        if self.settings.stream_encoder:
+            return ContextCutter(self.policy)
         if self.new_vad is None:
             return WindowCutter(self.policy)
         return Segmenter(self.policy, self.new_vad())
 
-    def features(self, clip: Clip) -> FloatArray:
-        """float32 [L, 560] of a clip."""
-        return self.frontend.features(clip.samples)
+    @property
+    def windows_overlap(self) -> bool:
+        """Whether what neighbouring segments share is recognised twice."""
+        return self.new_vad is None and not self.settings.stream_encoder
 
-    def recognise(self, batch: Sequence[FloatArray]) -> BatchResult:
+    def features(self, clip: Clip) -> FloatArray | Excerpt:
+        """float32 [L, 560] of a clip; an excerpt of them where the clip has audio around it."""
+        features = self.frontend.features(clip.samples)
+        if not (clip.lead or clip.tail):
+            return features
+        first = clip.lead // FRAME_SAMPLES
+        frames = -(-(clip.segment.end - clip.segment.start) // FRAME_SAMPLES)
+        return Excerpt(features, first, min(first + frames, len(features)))
+
+    def recognise(self, batch: Sequence[FloatArray | Excerpt]) -> BatchResult:
         """Recognises the features of a batch of clips; to be called from one thread only."""
         return self.decoding.recognise(batch)
 
-    def text_segment(self, segment: Segment, recognition: Recognition) -> TextSegment:
+    def text_segment(self, segment: Segment, recognition: Any) -> TextSegment:
         """Words, characters and their times in the recording."""
-        tokens = detokenise(
-            [self.tokens[id] for id in recognition.token_ids],
-            recognition.spans_ms,
-            recognition.confidences,
-            segment.start_ms,
-        )
-        return TextSegment(
-            id=segment.index,
-            start=segment.start_ms,
-            end=segment.end_ms,
-            text=render_text(tokens),
-            timing="cif",
-            tokens=tokens,
-        )
+        return self.decoding.text_segment(segment, recognition)
 
     def transcribe(self, audio: str | Path | FloatArray) -> Transcript:
         """Transcribes one recording: a path, or mono float32 samples at 16 kHz in [-1, 1].
@@ -170,46 +263,181 @@ class Recognizer:
         return transcribe_paths([Path(path) for path in paths], self)
 
 
-def load_recognizer(files: ModelFiles, settings: Settings) -> Recognizer:
+class Networks:
+    """The network that was loaded last: settings that share it do not load it again.
+
+    One at a time is kept, so that two models are never in memory together.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[str, ...] = ()
+        self._network: Any = None
+
+    def get(self, key: tuple[str, ...], load: Callable[[], Any]) -> Any:
+        if key != self._key:
+            self._key, self._network = (), None  # gives its memory back first
+            self._network = load()
+            self._key = key
+        return self._network
+
+
+def load_recognizer(
+    files: ModelFiles, settings: Settings, networks: Networks | None = None
+) -> Recognizer:
     """Loads the weights onto the device. The first call in a process imports MLX."""
     from funasr_batch.cpu import prepare_cpu
 
     prepare_cpu()
     import mlx.core as mx
 
-    from funasr_batch.decoding.paraformer import load_paraformer
     from funasr_batch.models.paraformer import ARCHITECTURES
 
     checkpoint = files.asr
-    if checkpoint.architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{checkpoint.folder} holds a {checkpoint.architecture}: it does not recognise speech",
-            hint=f"Recognition models are: {', '.join(ARCHITECTURES)}.",
-        )
-    if checkpoint.tokens is None:
-        raise CheckpointError(f"{checkpoint.folder} has no tokens.json")
     on_gpu = mx.default_device().type == mx.gpu
     dtype = settings.dtype
     if dtype == "auto":
         # bfloat16 products are several times slower than float32 ones on a CPU.
         dtype = "bfloat16" if on_gpu else "float32"
-    tokens = checkpoint.tokens
-    dropped = frozenset(i for i, token in enumerate(tokens) if token in (_BLANK, _SOS, _EOS))
+    networks = networks or Networks()
+    decoding: Decoding
+    if files.is_nano:
+        decoding = _nano(files, settings, getattr(mx, dtype), networks)
+    elif checkpoint.architecture in ARCHITECTURES:
+        _refuse_language(settings)
+        decoding = networks.get(
+            (checkpoint.weights_sha256, dtype), lambda: _paraformer(checkpoint, getattr(mx, dtype))
+        )
+    else:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds a {checkpoint.architecture}: it does not recognise speech",
+            hint=f"Recognition models are: {', '.join((*ARCHITECTURES, *NANO))}.",
+        )
     return Recognizer(
         info=files.info,
         device="gpu" if on_gpu else "cpu",
         dtype=dtype,
         frontend=_frontend(checkpoint),
-        tokens=tokens,
         policy=SegmentPolicy(
             max_seconds=settings.max_segment,
             target_seconds=settings.merge_segment,
             overlap_seconds=settings.window_overlap,
         ),
         new_vad=_vad_factory(files.vad, settings),
-        decoding=load_paraformer(checkpoint, getattr(mx, dtype), dropped),
+        decoding=decoding,
         settings=settings,
+        decode_stage="prefill/generate" if files.is_nano else "predict/decode",
+        warnings=_warnings(files, on_gpu=on_gpu),
     )
+
+
+def _refuse_language(settings: Settings) -> None:
+    if settings.language not in ("auto", "zh", "en"):
+        raise UsageError(
+            f"{settings.model} recognises zh and en, not {settings.language}",
+            hint="Choose --model nano (zh, en, ja) or nano-mlt (31 languages).",
+        )
+
+
+def _warnings(files: ModelFiles, *, on_gpu: bool) -> tuple[str, ...]:
+    warnings = []
+    if files.quantization and not on_gpu:
+        warnings.append(
+            f"{files.name} in {files.quantization}: products of quantised weights are slower than "
+            "float32 on a CPU, so the weights are unpacked once; memory is not saved here"
+        )
+    if files.is_nano and not files.has_ctc and files.timing is None:
+        warnings.append(
+            f"{files.name} has no CTC head and no Paraformer is at hand: times are those of "
+            "segments, not of words (timing: vad)"
+        )
+    return tuple(warnings)
+
+
+def _paraformer(checkpoint: Checkpoint, dtype: mx.Dtype) -> ParaformerDecoding:
+    from funasr_batch.decoding.paraformer import load_paraformer
+
+    if checkpoint.tokens is None:
+        raise CheckpointError(f"{checkpoint.folder} has no tokens.json")
+    named = enumerate(checkpoint.tokens)
+    dropped = frozenset(i for i, token in named if token in (_BLANK, _SOS, _EOS))
+    return load_paraformer(checkpoint, dtype, dropped)
+
+
+def _nano(files: ModelFiles, settings: Settings, dtype: mx.Dtype, networks: Networks) -> Decoding:
+    from funasr_batch.decoding.nano_loading import NanoOptions, load_nano, load_network
+    from funasr_batch.decoding.sampling import Sampling
+    from funasr_batch.weights.quantize import NONE, parse_quantization
+
+    plan = parse_quantization(settings.quantize) if settings.quantize else NONE
+    digests = (files.asr.weights_sha256, _digest_of(files.timing), _digest_of(files.draft))
+    network, companion, drafting = networks.get(
+        (*digests, str(dtype), str(plan)),
+        lambda: (
+            load_network(files.asr, dtype, plan),
+            _companion(files, dtype),
+            load_network(files.draft, dtype) if files.draft else None,
+        ),
+    )
+    sampling = Sampling(
+        **_given(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            no_repeat_ngram=settings.no_repeat_ngram,
+        )
+    )
+    options = NanoOptions(
+        language=None if settings.language == "auto" else settings.language,
+        itn=not settings.spoken_form,
+        hotwords=settings.hotwords,
+        sampling=sampling,
+        drafts=_draft_sources(files, settings),
+        longest_segment=settings.max_segment,
+        guard_silence=not _has_vad(settings),
+    )
+    draft_model = None
+    if files.draft is not None:
+        plain = replace(options, sampling=Sampling(), drafts=frozenset())
+        draft_model = load_nano(files.draft, drafting, plain)
+    return load_nano(files.asr, network, options, companion, draft_model)
+
+
+def _draft_sources(files: ModelFiles, settings: Settings) -> frozenset[DraftSource]:
+    if files.draft is not None:
+        return frozenset({"model", "lookup"})
+    match settings.draft:
+        case "none":
+            return frozenset()
+        case "lookup":
+            return frozenset({"lookup"})
+        case "ctc":
+            return frozenset({"ctc", "lookup"})
+        case None if files.has_ctc:
+            return frozenset({"ctc", "lookup"})
+        case None if files.timing is None:
+            return frozenset({"lookup"})
+    return frozenset({"companion", "lookup"})
+
+
+def _companion(files: ModelFiles, dtype: mx.Dtype) -> Companion | None:
+    from funasr_batch.decoding.nano import Companion
+
+    checkpoint = files.timing
+    if checkpoint is None:
+        return None
+    decoding = _paraformer(checkpoint, dtype)
+    cmvn = _frontend(checkpoint).cmvn
+
+    def read(batch: Sequence[FloatArray]) -> list[tuple[Token, ...]]:
+        features = [item if cmvn is None else cmvn.apply(item) for item in batch]
+        recognitions = decoding.recognise(features).recognitions
+        return [decoding.tokens_of(recognition, offset_ms=0) for recognition in recognitions]
+
+    return Companion(read)
+
+
+def _digest_of(checkpoint: Checkpoint | None) -> str:
+    return "" if checkpoint is None else checkpoint.weights_sha256
 
 
 def load(
@@ -230,7 +458,7 @@ def _vad_factory(
     checkpoint: Checkpoint | None, settings: Settings
 ) -> Callable[[], VoiceActivityStream] | None:
     """Makes the VAD stream of one recording; the network is shared by all."""
-    if settings.vad == "none":
+    if not _has_vad(settings):
         return None
     return _silero(settings) if checkpoint is None else _fsmn(checkpoint, settings)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from funasr_batch import __version__
 from funasr_batch.errors import UsageError
-from funasr_batch.records import Cue, SourceInfo, TextSegment, Token, Transcript
+from funasr_batch.records import Cue, SourceInfo, TextSegment, Token, Transcript, Word
 from funasr_batch.text.cues import CueStyle, layout, style_for
 
 Format: TypeAlias = Literal["srt", "vtt", "tsv", "txt", "json"]
@@ -183,7 +183,8 @@ def _segment(segment: TextSegment) -> dict[str, Any]:
         "end": segment.end / 1000,
         "text": segment.text,
         "timing": segment.timing,
-        "tokens": [_token(token) for token in segment.tokens],
+        "tokens": [_token(token) for token in segment.tokens]
+        or [_untimed(word) for word in segment.words],
         "flags": list(segment.flags),
     }
 
@@ -195,6 +196,12 @@ def _token(token: Token) -> dict[str, Any]:
         "end": token.end / 1000,
         "confidence": _without_infinities(round(token.confidence, 4)),
     }
+
+
+def _untimed(word: Word) -> dict[str, Any]:
+    """A word of which only the segment's time is known: null, never a guess."""
+    confidence = _without_infinities(round(word.confidence, 4))
+    return {"text": word.text, "start": None, "end": None, "confidence": confidence}
 
 
 def _without_infinities(value: Any) -> Any:

@@ -7,54 +7,43 @@ shapes of the decoder, and after the decoder.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from funasr_batch.cpu import available_cores, blas_threads
+from funasr_batch.cpu import blas_threads
 from funasr_batch.decoding.cif import token_counts, token_weights
-from funasr_batch.errors import CheckpointError, RecognitionError
-from funasr_batch.models.layers import length_mask, on_gpu, peak_probability
+from funasr_batch.decoding.lanes import Lane, cpu_streams, padded, require_finite, rounds
+from funasr_batch.errors import CheckpointError
+from funasr_batch.models.layers import length_mask, peak_probability
 from funasr_batch.models.paraformer import (
     UNUSED_PREFIXES,
     CifPredictorV3,
     Paraformer,
     ParaformerConfig,
 )
-from funasr_batch.records import FloatArray, Recognition
+from funasr_batch.records import (
+    FRAME_MS,
+    BatchResult,
+    FloatArray,
+    Recognition,
+    Segment,
+    TextSegment,
+    Token,
+)
 from funasr_batch.text.timestamps import frame_token_spans, upsampled_token_spans
+from funasr_batch.text.tokens import detokenise, render_text
 from funasr_batch.weights.checkpoint import Checkpoint, check_tensors
-
-FRAME_MS = 60
-"""Length of an encoder frame: six fbank frames of 10 ms."""
 
 UPSAMPLING = 3
 """Steps of the timestamp head in one encoder frame."""
 
 EMPTY = Recognition((), (), ())
-
-
-@dataclass(frozen=True, slots=True)
-class BatchResult:
-    """One Recognition for each segment of the batch, and where the time went."""
-
-    recognitions: tuple[Recognition, ...]
-    encode_seconds: float
-    decode_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Lane:
-    """Segments that go through the network together, padded to the longest."""
-
-    places: tuple[int, ...]
-    """Where they stand in the batch."""
-    stream: mx.ThreadLocalStream | mx.Device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +75,29 @@ class ParaformerDecoding:
     """Ids that never become text: `<blank>`, `<s>`, `</s>`."""
     streams: tuple[mx.ThreadLocalStream, ...] = ()
     """Where segments are recognised side by side. With none, a batch is padded and goes as one."""
+    tokens: tuple[str, ...] = field(default=(), repr=False)
+    """The vocabulary."""
+
+    def text_segment(self, segment: Segment, recognition: Recognition) -> TextSegment:
+        """Words, characters and their times in the recording."""
+        tokens = self.tokens_of(recognition, segment.start_ms)
+        return TextSegment(
+            id=segment.index,
+            start=segment.start_ms,
+            end=segment.end_ms,
+            text=render_text(tokens),
+            timing="cif",
+            tokens=tokens,
+        )
+
+    def tokens_of(self, recognition: Recognition, offset_ms: int) -> tuple[Token, ...]:
+        """Words and characters with their times, in a segment that begins at `offset_ms`."""
+        return detokenise(
+            [self.tokens[id] for id in recognition.token_ids],
+            recognition.spans_ms,
+            recognition.confidences,
+            offset_ms,
+        )
 
     def recognise(self, batch: Sequence[FloatArray]) -> BatchResult:
         """Recognises features, each float32 [L_i, 560]; any order, any lengths of at least 1.
@@ -95,7 +107,7 @@ class ParaformerDecoding:
         """
         recognitions = [EMPTY] * len(batch)
         encode_seconds = decode_seconds = 0.0
-        for lanes in self._rounds(batch):
+        for lanes in rounds(batch, self.streams):
             # Lanes side by side share the cores; each product is faster on one than on several.
             with blas_threads(1) if len(lanes) > 1 else nullcontext():
                 started = time.perf_counter()
@@ -110,25 +122,7 @@ class ParaformerDecoding:
                 decode_seconds += time.perf_counter() - middle
         return BatchResult(tuple(recognitions), encode_seconds, decode_seconds)
 
-    def _rounds(self, batch: Sequence[FloatArray]) -> Iterator[list[_Lane]]:
-        """The lanes that run at the same time; segments of like length together."""
-        places = sorted(range(len(batch)), key=lambda place: len(batch[place]))
-        if not self.streams:
-            yield [_Lane(tuple(places), mx.default_device())]
-            return
-        cores = len(self.streams)
-        for first in range(0, len(places), cores):
-            together = places[first : first + cores]
-            lanes = [
-                _Lane((place,), stream)
-                for place, stream in zip(together, self.streams, strict=False)
-            ]
-            if 2 * len(lanes) > cores:
-                yield lanes
-            else:  # too few to keep the cores busy: one by one, with every product on all cores
-                yield from ([lane] for lane in lanes)
-
-    def _encode_lanes(self, lanes: Sequence[_Lane], batch: Sequence[FloatArray]) -> list[_Encoded]:
+    def _encode_lanes(self, lanes: Sequence[Lane], batch: Sequence[FloatArray]) -> list[_Encoded]:
         encoded = []
         for lane in lanes:
             with mx.stream(lane.stream):
@@ -137,7 +131,7 @@ class ParaformerDecoding:
         return encoded
 
     def _decode_lanes(
-        self, lanes: Sequence[_Lane], encoded: Sequence[_Encoded]
+        self, lanes: Sequence[Lane], encoded: Sequence[_Encoded]
     ) -> list[_Decoded | None]:
         decoded = []
         for lane, hidden in zip(lanes, encoded, strict=True):
@@ -147,7 +141,7 @@ class ParaformerDecoding:
         return decoded
 
     def _encode(self, batch: Sequence[FloatArray]) -> _Encoded:
-        features, lengths = _pad(batch)
+        features, lengths = padded(batch)
         mask = None
         if lengths.min() < lengths.max():
             mask = length_mask(mx.array(lengths), features.shape[1])
@@ -157,7 +151,7 @@ class ParaformerDecoding:
     def _decode(self, encoded: _Encoded) -> _Decoded | None:
         """None when there is no token in any item."""
         alphas = np.array(encoded.alphas)
-        _require_finite(alphas)
+        require_finite(alphas)
         counts = token_counts(alphas, self.tail_threshold)
         if counts.max() < 1:
             return None
@@ -185,7 +179,7 @@ class ParaformerDecoding:
         if decoded is None:
             return [EMPTY for _ in encoded.lengths]
         confidences = np.array(decoded.confidences)
-        _require_finite(confidences)
+        require_finite(confidences)
         columns = (np.array(decoded.ids), confidences, np.array(decoded.timing))
         return [
             self._recognition(*item)
@@ -239,34 +233,12 @@ def load_paraformer(
     ]
     model.load_weights(weights, strict=True)
     mx.eval(model.parameters())
-    return ParaformerDecoding(model, config.tail_threshold, dropped_ids, _cpu_streams())
-
-
-def _cpu_streams() -> tuple[mx.ThreadLocalStream, ...]:
-    """A stream for each core; none for a GPU, which one padded batch keeps busy.
-
-    Most of MLX's CPU kernels run on one thread, and padded batches leave the caches
-    (benchmarks/RESULTS.md).
-    """
-    if on_gpu():
-        return ()
-    return tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(available_cores()))
-
-
-def _require_finite(values: FloatArray) -> None:
-    if not np.isfinite(values).all():
-        raise RecognitionError("the network's output is not finite")
+    return ParaformerDecoding(
+        model, config.tail_threshold, dropped_ids, cpu_streams(), checkpoint.tokens
+    )
 
 
 def _rescaled(weights: FloatArray, count: int) -> FloatArray:
     """Timestamp weights scaled so that they fire once for each of the predictor's tokens."""
     total = float(weights.sum(dtype=np.float64))
     return weights if total == 0 else (weights * (count / total)).astype(np.float32)
-
-
-def _pad(batch: Sequence[FloatArray]) -> tuple[FloatArray, npt.NDArray[np.int32]]:
-    lengths = np.array([len(item) for item in batch], dtype=np.int32)
-    features = np.zeros((len(batch), int(lengths.max()), batch[0].shape[1]), dtype=np.float32)
-    for row, item in zip(features, batch, strict=True):
-        row[: len(item)] = item
-    return features, lengths

@@ -58,6 +58,11 @@ def _exp2_vjp(x: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
     return cotangent * power * _LOG_2
 
 
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + e^-x) in x's dtype, computed in float32."""
+    return (1 / (1 + exp2(mx.minimum(-_LOG2_E * x.astype(mx.float32), 126)))).astype(x.dtype)
+
+
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, key_mask: mx.array | None
 ) -> mx.array:
@@ -94,6 +99,22 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
     centred = centred - centred @ mean
     variance = centred.square() @ mean
     return (centred * mx.rsqrt(variance + eps) * weight + bias).astype(x.dtype)
+
+
+MOST_FEW_ROWS = 16
+"""Up to here `few_rows` is faster than MLX's product (benchmarks/RESULTS.md)."""
+
+
+def few_rows(x: mx.array, weight: mx.array) -> mx.array:
+    """x float32 [M, K] times the transpose of weight [N, K] -> [M, N], evaluated here.
+
+    For the steps of a language model. MLX hands every product to the BLAS as one of matrices,
+    which packs all of the weights to multiply them by a row or two; numpy multiplies by a vector.
+    """
+    rows, matrix = np.array(x, copy=False), np.array(weight, copy=False)
+    if len(rows) <= 2:
+        return mx.array(np.stack([matrix @ row for row in rows]))
+    return mx.array(np.ascontiguousarray((matrix @ rows.T).T))
 
 
 def depthwise_convolution(x: mx.array, weight: mx.array) -> mx.array:

@@ -17,10 +17,10 @@ from pathlib import Path, PurePath
 from funasr_batch import __version__
 from funasr_batch.cpu import SLOW_BLAS_ADVICE, prepare_cpu
 from funasr_batch.errors import FileError, FunasrBatchError, StorageError
-from funasr_batch.recognizer import ModelFiles, Recognizer, find_model, load_recognizer
+from funasr_batch.recognizer import ModelFiles, Networks, Recognizer, find_model, load_recognizer
 from funasr_batch.records import Source, Transcript
 from funasr_batch.rendering import render
-from funasr_batch.run.engine import Advanced, Failed, Finished, Started, transcribe_jobs
+from funasr_batch.run.engine import Advanced, Failed, Finished, Heard, Started, transcribe_jobs
 from funasr_batch.run.manifest import (
     Decision,
     Manifest,
@@ -163,6 +163,8 @@ class _Run:
     tally: RunTally = field(default_factory=RunTally)
     failures: list[FileResult] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+    networks: Networks = field(default_factory=Networks)
+    warned: set[str] = field(default_factory=set)
     model_load_seconds: float = 0.0
     begun: int = 0
     """Recordings that were given to a model."""
@@ -227,6 +229,8 @@ class _Run:
                     self.reporter.file_started(self._shown(item))
                 case Advanced(_, seconds):
                     self.reporter.file_advanced(self._shown(item), seconds)
+                case Heard(_, segment):
+                    self.reporter.file_heard(self._shown(item), segment)
                 case Finished(_, transcript, stats):
                     self._keep(item, transcript, stats)
                 case Failed(_, error, stage):
@@ -248,7 +252,11 @@ class _Run:
     def _load(self, group: _Group) -> Recognizer:
         started = time.perf_counter()
         blas = prepare_cpu()
-        recognizer = load_recognizer(group.files, group.settings)
+        recognizer = load_recognizer(group.files, group.settings, self.networks)
+        for warning in recognizer.warnings:
+            if warning not in self.warned:
+                self.warned.add(warning)
+                self.reporter.warning(warning)
         if recognizer.device == "cpu" and not blas.is_fast and not self.model_load_seconds:
             self.reporter.warning(SLOW_BLAS_ADVICE)
         self.model_load_seconds += time.perf_counter() - started
