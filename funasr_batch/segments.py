@@ -1,9 +1,10 @@
 """The pieces of a recording that are recognised in one go, cut while the recording streams in.
 
 `Segmenter` cuts where a VAD found speech: stretches over the length limit are split at their
-quietest points and short neighbours are merged. `WindowCutter` does without a VAD: windows over
-everything, each overlapping the one before. Both take the recording's PCM blocks in order and
-keep only the audio that is not cut yet.
+quietest points and short neighbours are merged. Two do without a VAD: `WindowCutter` cuts windows
+over everything, each overlapping the one before, and `ContextCutter` pieces that touch, each with
+the audio around it. All take the recording's PCM blocks in order and keep only the audio that is
+not cut yet.
 
 Segment boundaries lie on the 10 ms grid of feature frames; only the last may end off it, where
 the recording ends.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from funasr_batch.errors import UsageError
-from funasr_batch.records import SAMPLE_RATE, Clip, FloatArray, Segment, Span
+from funasr_batch.records import FRAME_SAMPLES, SAMPLE_RATE, Clip, FloatArray, Segment, Span
 
 if TYPE_CHECKING:
     from funasr_batch.vad import VoiceActivityStream
@@ -59,11 +60,22 @@ class SegmentPolicy:
     """Length of a window when there is no VAD."""
     overlap_seconds: float = 2.0
     """What two neighbouring windows share: room for the word that one of them cuts in two."""
+    piece_seconds: float = 10.0
+    """Longest piece that is encoded with its context. Text comes piece by piece, so it sets the
+    latency; the LLM reads shorter ones with less of the sentence, and the context costs more of
+    the encoder's time."""
+    left_context_seconds: float = 3.0
+    """Audio that the encoder hears before a piece. It costs time but no latency, hence more of it
+    than on the right."""
+    right_context_seconds: float = 2.0
+    """Audio that the encoder hears after a piece: a few words, so that the last one is not cut
+    off. benchmarks/chunked_encoder.py measures what more of either would bring."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):
             value = getattr(self, limit.name)
-            least = 1.0 if limit.name in ("max_seconds", "window_seconds") else 0.0
+            is_length = limit.name in ("max_seconds", "window_seconds", "piece_seconds")
+            least = 1.0 if is_length else 0.0
             if not (math.isfinite(value) and value >= least):
                 raise UsageError(
                     f"{limit.name} is {value}", hint=f"It must be a number from {least:g} up."
@@ -253,6 +265,64 @@ class WindowCutter:
         self._start = middle - self._half_overlap
 
 
+class ContextCutter:
+    """Turns one recording's PCM blocks into pieces that touch, each with the audio around it.
+
+    Every sample is in exactly one piece and may be in the context of its neighbours too
+    (`Clip.lead`, `Clip.tail`), so that an encoder hears what is around a cut although each frame
+    is read once. A piece is at most `piece_seconds` long and may be up to a quarter shorter, so
+    that the cut falls on the quietest point there; the last two share what is left, and neither
+    is shorter than a quarter.
+
+    Cuts and contexts lie on the grid of encoder frames that begins with the recording: the frames
+    of all pieces together are those of the whole recording.
+
+    The result does not depend on block sizes. At most left_context_seconds + piece_seconds and
+    the longer of right_context_seconds and a quarter of a piece are held, and the blocks at both
+    ends of that stretch.
+    """
+
+    def __init__(self, policy: SegmentPolicy) -> None:
+        self._longest = _on_frames(min(policy.piece_seconds, policy.max_seconds))
+        self._search = self._least_new = _frames_ceil(self._longest // 4)
+        self._lead = _on_frames(policy.left_context_seconds)
+        self._audio = _RecentAudio()
+        self._clips = _ClipQueue(self._audio, self._lead, _on_frames(policy.right_context_seconds))
+        self._start = 0
+
+    @property
+    def held_samples(self) -> int:
+        """Samples of audio in memory."""
+        return self._audio.held
+
+    def accept(self, block: FloatArray) -> list[Clip]:
+        """Take the next samples, float32 [n], and return the pieces that they completed.
+
+        The block is kept, not copied: it must not be changed afterwards.
+        """
+        self._audio.append(block)
+        # From here on a piece's end no longer depends on where the recording ends.
+        while self._audio.end - self._start >= self._longest + self._least_new:
+            self._cut_piece()
+        clips = self._clips.take_complete()
+        self._audio.forget(min(self._start - self._lead, self._clips.first_needed))
+        return clips
+
+    def finish(self) -> list[Clip]:
+        """End the recording and return the last pieces."""
+        while self._audio.end - self._start > self._longest:
+            self._cut_piece()
+        if self._audio.end > self._start:
+            self._clips.put(self._start, self._audio.end)
+        return self._clips.take_all()
+
+    def _cut_piece(self) -> None:
+        latest = min(self._start + self._longest, self._audio.end - self._least_new)
+        cut = self._audio.quietest(latest - self._search, latest, FRAME_SAMPLES)
+        self._clips.put(self._start, cut)
+        self._start = cut
+
+
 class _RecentAudio:
     """The latest samples of a recording, addressed by their position in the recording."""
 
@@ -284,24 +354,30 @@ class _RecentAudio:
             position += len(block)
         return np.concatenate(parts)
 
-    def quietest(self, earliest: int, latest: int) -> int:
-        """The grid point in [earliest, latest] with the least energy around it.
+    def quietest(self, earliest: int, latest: int, step: int = HOP) -> int:
+        """The point in [earliest, latest] with the least energy around it.
 
-        Among equals it is the last one: longer pieces give the model more context.
+        Points are multiples of `step`, itself one of `HOP`. Among equals it is the last one: longer
+        pieces give the model more context.
         """
-        first = _grid_floor(earliest)
+        first, last = earliest // step * step, latest // step * step
         reach = SMOOTHING_HOPS // 2 * HOP
-        samples = self.read(first - reach, _grid_floor(latest) + reach)
+        samples = self.read(first - reach, last + reach)
         energy = np.square(samples, dtype=np.float64).reshape(-1, HOP).sum(axis=1)
-        smoothed = np.convolve(energy, np.ones(SMOOTHING_HOPS), mode="valid")
-        return first + HOP * (len(smoothed) - 1 - int(np.argmin(smoothed[::-1])))
+        smoothed = np.convolve(energy, np.ones(SMOOTHING_HOPS), mode="valid")[:: step // HOP]
+        return first + step * (len(smoothed) - 1 - int(np.argmin(smoothed[::-1])))
 
 
 class _ClipQueue:
-    """Segments in order, numbered, that wait for the last of their samples."""
+    """Segments in order, numbered, that wait for the last of their samples.
 
-    def __init__(self, audio: _RecentAudio) -> None:
+    `lead` and `tail` are the samples that each clip has before and after its segment, as far as
+    the recording has them.
+    """
+
+    def __init__(self, audio: _RecentAudio, lead: int = 0, tail: int = 0) -> None:
         self._audio = audio
+        self._lead, self._tail = lead, tail
         self._waiting: deque[Segment] = deque()
         self._count = 0
         self.cut = 0
@@ -310,7 +386,7 @@ class _ClipQueue:
     @property
     def first_needed(self) -> int:
         """The first sample that a waiting segment needs; the end of the audio without one."""
-        return self._waiting[0].start if self._waiting else self._audio.end
+        return self._waiting[0].start - self._lead if self._waiting else self._audio.end
 
     def put(self, start: int, end: int) -> None:
         overlap = max(self.cut - start, 0)
@@ -320,7 +396,7 @@ class _ClipQueue:
 
     def take_complete(self) -> list[Clip]:
         clips = []
-        while self._waiting and self._waiting[0].end <= self._audio.end:
+        while self._waiting and self._waiting[0].end + self._tail <= self._audio.end:
             clips.append(self._clip(self._waiting.popleft()))
         return clips
 
@@ -334,11 +410,22 @@ class _ClipQueue:
         return clips
 
     def _clip(self, segment: Segment) -> Clip:
-        return Clip(segment, self._audio.read(segment.start, segment.end))
+        start = max(segment.start - self._lead, 0)
+        end = min(segment.end + self._tail, self._audio.end)
+        samples = self._audio.read(start, end)
+        return Clip(segment, samples, segment.start - start, end - segment.end)
 
 
 def _on_grid(seconds: float) -> int:
     return round(seconds * SAMPLE_RATE) // HOP * HOP
+
+
+def _on_frames(seconds: float) -> int:
+    return round(seconds * SAMPLE_RATE) // FRAME_SAMPLES * FRAME_SAMPLES
+
+
+def _frames_ceil(samples: int) -> int:
+    return -(-samples // FRAME_SAMPLES) * FRAME_SAMPLES
 
 
 def _grid_floor(sample: int) -> int:

@@ -137,14 +137,15 @@ class Globs:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Terms: a list, or text with commas between them."""
+    """Terms, with commas between them, or a list of such."""
 
     allowed = "words with commas between them, or a list of words"
     names = ()
 
     def check(self, value: object, folder: Path) -> tuple[str, ...]:
-        items = re.split("[,，、]", value) if isinstance(value, str) else _strings(value)
-        return tuple(dict.fromkeys(item.strip() for item in items if item.strip()))
+        texts = (value,) if isinstance(value, str) else _strings(value)
+        items = (item.strip() for text in texts for item in re.split("[,，、]", text))
+        return tuple(dict.fromkeys(item for item in items if item))
 
 
 @dataclass(frozen=True, slots=True)

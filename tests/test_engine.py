@@ -16,7 +16,7 @@ import pytest
 from audio_files import noise, wav
 from tiny_model import write_tiny_model
 
-from funasr_batch.decoding.paraformer import BatchResult, ParaformerDecoding
+from funasr_batch.decoding.paraformer import ParaformerDecoding
 from funasr_batch.errors import (
     AudioError,
     FileError,
@@ -26,13 +26,25 @@ from funasr_batch.errors import (
 )
 from funasr_batch.frontend import FrontEnd
 from funasr_batch.recognizer import Recognizer, load
-from funasr_batch.records import FloatArray, Span, Transcript
+from funasr_batch.records import (
+    FRAME_SAMPLES,
+    BatchResult,
+    Excerpt,
+    FloatArray,
+    Recognition,
+    Segment,
+    Span,
+    TextSegment,
+    Transcript,
+    Word,
+)
 from funasr_batch.run.engine import (
     READ_AHEAD,
     Advanced,
     Event,
     Failed,
     Finished,
+    Heard,
     Started,
     transcribe_jobs,
 )
@@ -160,6 +172,9 @@ class Sizes:
             time.sleep(0.01)
         return self.decoding.recognise(batch)
 
+    def text_segment(self, segment: Segment, recognition: Recognition) -> TextSegment:
+        return self.decoding.text_segment(segment, recognition)
+
 
 def batch_sizes(jobs: Sequence[Job], recognizer: Recognizer, batch_seconds: float) -> list[int]:
     frontend = Lengths(recognizer.frontend)
@@ -225,6 +240,140 @@ def test_nothing_to_do_is_done_at_once(recognizer: Recognizer) -> None:
     assert list(transcribe_jobs([], recognizer)) == []
 
 
+# Pieces in context, and texts that come early
+
+
+@dataclass(frozen=True)
+class Reciter:
+    """A model that says how many frames it was to read and how many it was given; of silence
+    nothing. It notes what it was given."""
+
+    given: list[FloatArray | Excerpt] = field(default_factory=list)
+
+    def recognise(self, batch: Sequence[FloatArray | Excerpt]) -> BatchResult:
+        self.given.extend(batch)
+        return BatchResult(tuple(map(self._say, batch)), 0.0, 0.0)
+
+    def _say(self, item: FloatArray | Excerpt) -> Recognition:
+        excerpt = item if isinstance(item, Excerpt) else Excerpt(item, 0, len(item))
+        own = excerpt.features[excerpt.first : excerpt.after]
+        # Digital silence is -16 in every band of the log-mel energies.
+        said = (len(own), len(excerpt)) if own.max() > -10 else ()
+        return Recognition(said, (), ())
+
+    def text_segment(self, segment: Segment, recognition: Recognition) -> TextSegment:
+        text = " ".join(map(str, recognition.token_ids))
+        words = tuple(Word(word, 1.0) for word in text.split())
+        start, end = segment.start_ms, segment.end_ms
+        return TextSegment(segment.index, start, end, text, "vad", words=words)
+
+
+@pytest.fixture
+def streaming(recognizer: Recognizer) -> Recognizer:
+    return replace(
+        recognizer,
+        decoding=Reciter(),
+        frontend=FrontEnd(7, 6, None),
+        policy=SegmentPolicy(),
+        settings=replace(recognizer.settings, stream_encoder=True),
+    )
+
+
+def test_pieces_are_encoded_in_context_and_read_once(streaming: Recognizer) -> None:
+    samples = noise(60.5)
+    transcript = streaming.transcribe(samples)
+
+    frames = len(streaming.frontend.features(samples))
+    own, heard = zip(*(map(int, s.text.split()) for s in transcript.segments), strict=True)
+    assert sum(own) == frames
+    left, right = 3_000 // 60, -(-2_000 // 60)
+    assert all(a < b <= a + left + right for a, b in zip(own, heard, strict=True))
+    edges = [(s.start, s.end) for s in transcript.segments]
+    assert [start for start, _ in edges] == [0, *(end for _, end in edges[:-1])]
+    assert edges[-1][1] == 60_500
+    assert all(isinstance(item, Excerpt) for item in streaming.decoding.given)
+
+
+def test_a_recording_of_one_piece_needs_no_context(streaming: Recognizer) -> None:
+    assert streaming.transcribe(noise(3)).text == "50 50"
+    assert streaming.transcribe(noise(1)[:1]).status == "no_speech"
+
+
+@pytest.mark.parametrize("batch_seconds", [1.0, 500.0])
+def test_texts_come_in_order_and_are_those_of_the_transcript(
+    streaming: Recognizer, batch_seconds: float
+) -> None:
+    samples = noise(80)
+    samples[25 * 16_000 : 50 * 16_000] = 0
+    jobs = [Job(samples), Job(noise(30))]
+    events = list(transcribe_jobs(jobs, streaming, batch_seconds=batch_seconds))
+    for job in jobs:
+        own = [event for event in events if event.job is job]
+        early = [event.segment for event in own if isinstance(event, Heard)]
+        assert isinstance(own[-1], Finished)
+        assert tuple(early) == own[-1].transcript.segments
+        assert [segment.id for segment in early] == sorted({s.id for s in early})
+    silent = [event for event in events if isinstance(event, Heard) and not event.segment.text]
+    assert silent == []
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A front end that does not go on to the third clip before a text was heard."""
+
+    frontend: FrontEnd
+    text_heard: threading.Event
+    waited: list[bool] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+
+    def features(self, samples: FloatArray) -> FloatArray:
+        if len(self.seen) == 2:
+            self.waited.append(self.text_heard.wait(30))
+        self.seen.append(len(samples))
+        return self.frontend.features(samples)
+
+
+def test_the_first_text_is_there_before_the_recording_is_read(streaming: Recognizer) -> None:
+    """The reader stands still in the third of some twenty clips until the first text came."""
+    text_heard = threading.Event()
+    patient = Patient(streaming.frontend, text_heard)
+    for event in transcribe_jobs([Job(noise(180))], replace(streaming, frontend=patient)):
+        if isinstance(event, Heard) and not text_heard.is_set():
+            assert event.segment.start == 0
+            assert len(patient.seen) <= 2
+            text_heard.set()
+    assert patient.waited == [True]
+    assert len(patient.seen) > 15
+
+
+def test_texts_do_not_come_early_otherwise(recognizer: Recognizer) -> None:
+    events = transcribe_jobs([Job(noise(9))], recognizer)
+    assert not any(isinstance(event, Heard) for event in events)
+
+
+def test_windows_whose_words_have_no_times_keep_their_text(recognizer: Recognizer) -> None:
+    """As Nano without a CTC head or a Paraformer gives them."""
+
+    class Counter(Reciter):
+        """Reads one word in every eight frames: their number in the recording."""
+
+        def text_segment(self, segment: Segment, recognition: Recognition) -> TextSegment:
+            step = 8 * FRAME_SAMPLES
+            numbers = range(-(-segment.start // step), segment.end // step)
+            words = tuple(Word(f"n{number}", 1.0) for number in numbers)
+            text = " ".join(word.text for word in words)
+            start, end = segment.start_ms, segment.end_ms
+            return TextSegment(segment.index, start, end, text, "vad", words=words)
+
+    policy = SegmentPolicy(window_seconds=12.0)
+    transcript = replace(recognizer, decoding=Counter(), policy=policy).transcribe(noise(60))
+    assert len(transcript.segments) > 4
+    assert transcript.text == " ".join(f"n{number}" for number in range(125))
+    for segment in transcript.segments:
+        assert (segment.tokens, segment.timing) == ((), "vad")
+        assert segment.text == " ".join(word.text for word in segment.words)
+
+
 # Faults
 
 
@@ -264,6 +413,9 @@ class FailsOn:
         if any(len(item) == self.length for item in batch):
             raise MemoryError("too much for this model")
         return self.decoding.recognise(batch)
+
+    def text_segment(self, segment: Segment, recognition: Recognition) -> TextSegment:
+        return self.decoding.text_segment(segment, recognition)
 
 
 @pytest.mark.parametrize("batch_seconds", [1.0, 500.0])

@@ -76,6 +76,8 @@ def test_names_of_any_bytes_are_kept() -> None:
         (["--events", "-"], {"events": Path("-")}),
         (["--max-files", "all", "--workers", "auto"], {"max_files": None, "workers": None}),
         (["--max-cps", "1.5e1"], {"max_cps": 15.0}),
+        (["--stream-encoder"], {"stream_encoder": True}),
+        (["--stream_encoder", "--no-stream-encoder"], {"stream_encoder": False}),
     ],
 )
 def test_spellings(arguments: list[str], values: dict[str, Any]) -> None:
@@ -90,7 +92,17 @@ def test_flags_that_are_no_settings(arguments: list[str]) -> None:
 
 
 def test_every_setting_has_a_flag_that_overrides_a_file(tmp_path: Path) -> None:
-    words = {"vad_threshold": "0.5", "track": "en", "vad_model": "m"}
+    words = {
+        "vad_threshold": "0.5",
+        "track": "en",
+        "vad_model": "m",
+        "quantize": "encoder=8,llm=4",
+        "temperature": "0.5",
+        "top_p": "0.9",
+        "repetition_penalty": "1.1",
+        "timing_model": "paraformer",
+        "draft": "ctc",
+    }
     for name, key in KEYS.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(key.kind, Switch):

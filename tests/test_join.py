@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funasr_batch.records import Token
-from funasr_batch.text.join import TextWindow, join_windows
+from funasr_batch.records import TextSegment, Token, Word
+from funasr_batch.text.join import TextWindow, join_segments, join_windows
+from funasr_batch.text.nano_words import clean_text, word_spans
+from funasr_batch.text.tokens import join_texts
 
 Timed = tuple[str, int, int]
 
@@ -142,6 +144,95 @@ def test_times_that_cross_meet() -> None:
     ]
 
 
+# --- whole segments, and words without times ---------------------------------------------------
+
+
+def untimed(start: int, end: int, text: str) -> TextSegment:
+    """A window as Nano gives it where the times of words are not measured."""
+    assert clean_text(text) == text
+    words = tuple(Word(text[a:b], 0.9) for a, b in word_spans(text))
+    return TextSegment(0, start, end, text, "vad", words=words)
+
+
+def timed(start: int, end: int, text: str, first_at: int) -> TextSegment:
+    """The same with a word every 180 ms from `first_at` on."""
+    tokens = tuple(
+        Token(text[a:b], first_at + 180 * i, first_at + 180 * (i + 1), 0.9)
+        for i, (a, b) in enumerate(word_spans(text))
+    )
+    return TextSegment(0, start, end, text, "ctc", tokens=tokens)
+
+
+def texts(*segments: TextSegment) -> list[str]:
+    joined = join_segments(segments)
+    for before, after in zip(segments, joined, strict=True):
+        assert after == replace(before, text=after.text, tokens=after.tokens, words=after.words)
+        assert bool(after.words) <= bool(before.words)
+        assert bool(after.tokens) <= bool(before.tokens)
+        said = "".join(word.text for word in (*after.words, *after.tokens))
+        assert said == after.text.replace(" ", "")
+    return [segment.text for segment in joined]
+
+
+LEFT = "昨天我们去了公园，今天天气真不错，我们还去公园"
+RIGHT = "天气真不错。我们还去公园玩吧，明天在家休息"
+
+
+def test_words_without_times_are_joined_by_what_both_windows_say() -> None:
+    left, right = untimed(0, 6_000, LEFT), untimed(4_000, 10_000, RIGHT)
+    assert texts(left, right) == [
+        "昨天我们去了公园，今天天气真不错，我",
+        "们还去公园玩吧，明天在家休息",
+    ]
+
+
+@pytest.mark.parametrize("kinds", ["tt", "tu", "ut"])
+def test_times_or_not_the_text_is_the_same(kinds: str) -> None:
+    left = timed(0, 6_000, LEFT, 2_200) if kinds[0] == "t" else untimed(0, 6_000, LEFT)
+    right = timed(4_000, 10_000, RIGHT, 4_000) if kinds[1] == "t" else untimed(4_000, 10_000, RIGHT)
+    assert "".join(texts(left, right)).replace("。", "，") == (
+        "昨天我们去了公园，今天天气真不错，我们还去公园玩吧，明天在家休息"
+    )
+
+
+def test_each_window_keeps_its_own_spaces_capitals_and_marks() -> None:
+    left = untimed(0, 6_000, '我用 Python 写了3 行代码, and it works: "Hello, World" she sa')
+    right = untimed(4_000, 10_000, 'and it works: "hello, world" she said (twice) 对吧？')
+    assert texts(left, right) == [
+        "我用 Python 写了3 行代码, and it works:",
+        '"hello, world" she said (twice) 对吧？',
+    ]
+
+
+def test_a_timed_text_keeps_its_spelling_too() -> None:
+    segment = timed(0, 6_000, "写了 3 行 code ，好。", 100)
+    assert texts(segment, untimed(5_000, 9_000, "")) == ["写了 3 行 code ，好。", ""]
+
+
+def test_a_single_common_word_is_no_agreement() -> None:
+    """的 is in both overlaps, but the texts have nothing else in common there."""
+    left = untimed(0, 8_000, "甲乙丙丁戊己庚辛壬癸子的寅卯辰巳")
+    right = untimed(6_000, 14_000, "金木的火土日月星云风雨雷电山水石")
+    # A quarter of either is shared: four words, of which each window keeps two.
+    assert texts(left, right) == ["甲乙丙丁戊己庚辛壬癸子的寅卯", "的火土日月星云风雨雷电山水石"]
+
+
+def test_a_refrain_is_joined_where_the_overlap_is() -> None:
+    """The same line is said three times; only one of them is in both windows."""
+    line = "la la hey you "
+    left = untimed(0, 12_000, f"{line}one two three {line}four five".strip())
+    right = untimed(8_000, 20_000, f"{line}four five six seven {line}eight".strip())
+    assert join_texts(texts(left, right)) == (
+        "la la hey you one two three la la hey you four five six seven la la hey you eight"
+    )
+
+
+def test_a_window_without_words_takes_nothing_away() -> None:
+    windows = untimed(0, 6_000, LEFT), untimed(4_000, 10_000, ""), untimed(8_000, 14_000, RIGHT)
+    assert texts(*windows) == [LEFT, "", RIGHT]
+    assert texts() == []
+
+
 # --- properties --------------------------------------------------------------------------------
 
 WINDOW_MS, OVERLAP_MS, EDGE_MS = 6_000, 2_000, 300
@@ -227,3 +318,36 @@ def test_any_input_keeps_stretches_of_each_window(data: st.DataObject) -> None:
         texts = [token.text for token in source.tokens]
         found = [token.text for token in kept]
         assert any(texts[i : i + len(found)] == found for i in range(len(texts) + 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_untimed_windows_of_a_text_join_to_the_text(data: st.DataObject) -> None:
+    """At the pace of speech, though each window mishears the words that its edges cut."""
+    lengths = data.draw(st.lists(st.integers(200, 450), min_size=1, max_size=60))
+    starts = list(accumulate(lengths, initial=0))
+    said = [f"w{number % 37}" for number in range(len(lengths))]
+    end = starts[-1]
+    segments = []
+    for start in range(0, max(end - OVERLAP_MS, 1), WINDOW_MS - OVERLAP_MS):
+        stop = min(start + WINDOW_MS, end)
+        heard = []
+        for word, a, b in zip(said, starts, starts[1:], strict=False):
+            if b > start and a < stop:
+                whole = a >= start and b <= stop
+                heard.append(word if whole else data.draw(st.sampled_from([word, "uh", "w1"])))
+        segments.append(untimed(start, stop, " ".join(heard)))
+    assert join_texts(texts(*segments)) == " ".join(said)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(words, max_size=12), min_size=2, max_size=4), st.booleans())
+def test_any_untimed_words_keep_stretches_of_each_window(
+    parts: list[list[str]], spaced: bool
+) -> None:
+    segments = [
+        untimed(4_000 * number, 4_000 * number + WINDOW_MS, (" " if spaced else "").join(part))
+        for number, part in enumerate(parts)
+    ]
+    for before, after in zip(segments, texts(*segments), strict=True):
+        assert after in before.text

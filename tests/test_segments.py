@@ -14,8 +14,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from funasr_batch.errors import UsageError
-from funasr_batch.records import SAMPLE_RATE, Clip, FloatArray, Span
-from funasr_batch.segments import HOP, VAD_LAG, Segmenter, SegmentPolicy, WindowCutter
+from funasr_batch.frontend import FrontEnd
+from funasr_batch.records import FRAME_SAMPLES, SAMPLE_RATE, Clip, FloatArray, Span
+from funasr_batch.segments import (
+    HOP,
+    VAD_LAG,
+    ContextCutter,
+    Segmenter,
+    SegmentPolicy,
+    WindowCutter,
+)
 
 SECOND = SAMPLE_RATE
 
@@ -75,7 +83,9 @@ def blocks_of(audio: FloatArray, sizes: Sequence[int]) -> Iterable[FloatArray]:
         start, turn = start + size, turn + 1
 
 
-def run(cutter: Segmenter | WindowCutter, audio: FloatArray, sizes: Sequence[int]) -> list[Clip]:
+def run(
+    cutter: Segmenter | WindowCutter | ContextCutter, audio: FloatArray, sizes: Sequence[int]
+) -> list[Clip]:
     clips = []
     for block in blocks_of(audio, sizes):
         clips += cutter.accept(block)
@@ -237,6 +247,9 @@ policies = st.builds(
     pad_seconds=st.sampled_from([0.0, 0.0, 0.1, 0.4]),
     window_seconds=st.sampled_from([1.0, 7.77, 20.0]),
     overlap_seconds=st.sampled_from([0.0, 0.5, 2.0, 9.0]),
+    piece_seconds=st.sampled_from([1.0, 3.33, 10.0]),
+    left_context_seconds=st.sampled_from([0.0, 0.5, 3.0, 12.0]),
+    right_context_seconds=st.sampled_from([0.0, 0.5, 2.0, 12.0]),
 )
 block_sizes = st.lists(
     st.integers(1_000, 4 * SECOND) | st.sampled_from([1_600, SECOND]), min_size=1, max_size=5
@@ -370,6 +383,73 @@ def test_silence_is_cut_into_windows_too() -> None:
     ]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 60 * SECOND), policies, block_sizes, st.integers(0, 9))
+@example(0, SegmentPolicy(), [SECOND], 0)
+@example(10 * SECOND + 1, SegmentPolicy(), [SECOND], 0)
+def test_pieces_touch_and_have_the_audio_around_them(
+    total: int, policy: SegmentPolicy, sizes: list[int], seed: int
+) -> None:
+    audio = noise(total / SECOND + 1, seed)[:total]
+    cutter = ContextCutter(policy)
+    piece = min(policy.piece_seconds, policy.max_seconds) * SECOND
+    left, right = policy.left_context_seconds * SECOND, policy.right_context_seconds * SECOND
+    clips = []
+    for block in blocks_of(audio, sizes):
+        clips += cutter.accept(block)
+        # A quarter of a piece is rounded up to a frame.
+        most = left + piece + max(right, piece / 4 + FRAME_SAMPLES)
+        assert cutter.held_samples <= most + 2 * max(sizes)
+    clips += cutter.finish()
+
+    segments = [clip.segment for clip in clips]
+    assert [segment.index for segment in segments] == list(range(len(clips)))
+    edges = [0, *(segment.end for segment in segments)]
+    assert [segment.start for segment in segments] == edges[:-1]
+    assert edges[-1] == total
+    for clip in clips:
+        start, end = clip.segment.start, clip.segment.end
+        assert 0 < end - start <= piece
+        assert end - start >= piece / 4 - FRAME_SAMPLES or total < piece / 4
+        assert clip.segment.overlap == 0
+        assert clip.lead == min(start, left // FRAME_SAMPLES * FRAME_SAMPLES)
+        assert clip.tail == min(total - end, right // FRAME_SAMPLES * FRAME_SAMPLES)
+        assert start % FRAME_SAMPLES == clip.lead % FRAME_SAMPLES == 0
+        assert np.array_equal(clip.samples, audio[start - clip.lead : end + clip.tail])
+
+    at_once = run(ContextCutter(policy), audio, [max(total, 1)])
+    assert [clip.segment for clip in at_once] == segments
+
+
+@pytest.mark.parametrize("total", [60 * SECOND, 60 * SECOND + 399, 33 * SECOND + 401, 400])
+def test_the_frames_of_all_pieces_are_those_of_the_whole_recording(total: int) -> None:
+    audio = noise(61, 3)[:total]
+    frontend = FrontEnd(7, 6, None)
+    own = []
+    for clip in run(ContextCutter(SegmentPolicy()), audio, [SECOND]):
+        first = clip.lead // FRAME_SAMPLES
+        after = first - (clip.segment.start - clip.segment.end) // FRAME_SAMPLES
+        own.append(frontend.features(clip.samples)[first:after])
+    whole = frontend.features(audio)
+    # Frames are the same samples, in other rows of a matrix product: float32 rounding alone.
+    np.testing.assert_allclose(np.concatenate(own), whole, rtol=0, atol=1e-4)
+
+
+def test_a_piece_ends_on_a_pause() -> None:
+    clips = run(ContextCutter(SegmentPolicy()), loud_with_pauses(30, [8.5, 17.1]), [SECOND])
+    ends = [clip.segment.end / SECOND for clip in clips]
+    # Half a frame off the middle of the pause at most: cuts lie between encoder frames.
+    assert ends[:2] == pytest.approx([8.5, 17.1], abs=0.03)
+
+
+def test_a_piece_is_there_as_soon_as_its_end_and_context_are_known() -> None:
+    """10 s at most and a quarter of that for the one that follows; not the end of the hour."""
+    cutter = ContextCutter(SegmentPolicy())
+    heard = [len(cutter.accept(block)) for block in blocks_of(noise(60), [SECOND // 2])]
+    assert heard.index(1) == 24
+    assert sum(heard) > 4
+
+
 # --- policies ----------------------------------------------------------------------------------
 
 
@@ -380,7 +460,11 @@ def test_a_senseless_limit_is_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["target_seconds", "max_gap_seconds", "pad_seconds", "overlap_seconds"]
+    "name",
+    [
+        *("target_seconds", "max_gap_seconds", "pad_seconds", "overlap_seconds"),
+        *("left_context_seconds", "right_context_seconds"),
+    ],
 )
 def test_negative_durations_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match=name):

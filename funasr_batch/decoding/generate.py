@@ -34,9 +34,12 @@ from funasr_batch.models.layers import on_gpu
 from funasr_batch.models.qwen3 import Qwen3
 from funasr_batch.records import FloatArray
 
-LONGEST_BLOCK = 33
-"""Positions of one pass at most: the newest token and 32 drafted ones."""
-FIRST_REACH = 8
+BLOCKS_GPU = (8, 32)
+BLOCKS_CPU = (2, 4, 8, 16, 32)
+"""How many positions a pass that checks drafts may have: the newest token and drafted ones. A GPU
+prepares itself anew for every shape and hardly notices empty places; a CPU pays for each."""
+LONGEST_BLOCK = 32
+FIRST_REACH = 7
 """Drafted tokens of a row's first pass; as many again after each that was right to the end."""
 CAPACITY_STEP = 256
 MAX_LOGITS_BYTES = 1 << 30
@@ -313,7 +316,7 @@ class _Run:
             self.tally.drafted += len(draft)
             self.tally.accepted += right
             if draft:
-                row.reach = 2 * row.reach if right == len(draft) else max(2, 2 * right)
+                row.reach = 2 * row.reach + 1 if right == len(draft) else max(3, 2 * right + 1)
             for place in range(right + 1):
                 self._take(row, int(chosen[place]), float(scores[place]))
                 if row.done:
@@ -381,9 +384,8 @@ def _block_of(newest: Iterable[int], drafts: Sequence[Sequence[int]]) -> np.ndar
     N is one of few sizes, so that shapes recur.
     """
     needed = 1 + max(map(len, drafts))
-    size = 1
-    while size < needed:
-        size = min(2 * size, LONGEST_BLOCK)
+    sizes = BLOCKS_GPU if on_gpu() else BLOCKS_CPU
+    size = next(size for size in (1, *sizes) if size >= needed)
     block = np.zeros((len(drafts), size), np.int32)
     for line, token, draft in zip(block, newest, drafts, strict=True):
         line[0] = token

@@ -112,20 +112,23 @@ class KvCache:
         slots = self._slots(positions)
         np.put_along_axis(self._positions, slots, positions, axis=1)
         self.lengths = lengths + count
-        end = int(self.lengths[0])
-        if end <= self.capacity - self._block and (lengths == lengths[0]).all():
-            mask = None if count == 1 else "causal"
+        begin = int(lengths[0])
+        in_step = begin + count <= self.capacity - self._block and bool((lengths == begin).all())
+        if in_step and count == 1:
+            seen, mask = begin + 1, None
+        else:
+            # CUDA prepares its attention anew for every shape: few shapes, and a mask.
+            seen = min(self.capacity, -(-int(slots.max() + 1) // MASK_STEP) * MASK_STEP)
+            hidden = np.where(self._visible(positions, seen), np.float32(0), -np.float32(np.inf))
+            mask = mx.array(hidden[:, None]).astype(self.keys[0].dtype)
+        if in_step:
             layers: list[LayerCache] = [
-                _InStep(self, layer, end - count, end) for layer in range(len(self.keys))
+                _InStep(self, layer, begin, begin + count, seen) for layer in range(len(self.keys))
             ]
-            return Context(self.rows, int(lengths[0]), mask), layers
-        seen = min(self.capacity, -(-int(slots.max() + 1) // MASK_STEP) * MASK_STEP)
-        seen = max(seen, min(self.capacity, int(self.lengths.max())))
-        hidden = np.where(self._visible(positions, seen), np.float32(0), -np.float32(np.inf))
-        mask_array = mx.array(hidden[:, None]).astype(self.keys[0].dtype)
+            return Context(self.rows, begin, mask), layers
         where = mx.array(slots.astype(np.int32)[:, None, :, None])
         layers = [_Apart(self, layer, where, seen) for layer in range(len(self.keys))]
-        return Context(self.rows, mx.array(lengths.astype(np.int32)), mask_array), layers
+        return Context(self.rows, mx.array(lengths.astype(np.int32)), mask), layers
 
     def keep(self, counts: Integers) -> None:
         """Cuts every row to so many positions: what a pass wrote past them never was."""
@@ -192,12 +195,13 @@ class _InStep:
     layer: int
     begin: int
     end: int
+    seen: int
 
     def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         kept = (self.cache.keys, self.cache.values)
         for whole, new in zip(kept, (keys, values), strict=True):
             whole[self.layer][:, :, self.begin : self.end] = new
-        return tuple(whole[self.layer][:, :, : self.end] for whole in kept)  # type: ignore[return-value]
+        return tuple(whole[self.layer][:, :, : self.seen] for whole in kept)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ Mode: TypeAlias = Literal["drafted", "plain"]
 
 LONGEST_MATCH = 8
 """Characters of the newest text that are looked for in a reading after a mismatch."""
-REACH_BACK, REACH_AHEAD = 4, 24
-"""Characters around the expected place in which they are looked for."""
+REACH_BACK, REACH_AHEAD = 24, 24
+"""Characters around the expected place in which they are looked for. Back, because what the reading
+lacks moves the expected place on."""
 
 
 class Draft(Protocol):

@@ -115,16 +115,17 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_width, eps=config.eps)
         self._heads, self._kv_heads = config.heads, config.kv_heads
         self._head_width, self._theta = config.head_width, config.rope_theta
+        self._eps = config.eps
 
     def __call__(self, x: mx.array, context: Context, cache: LayerCache | None) -> mx.array:
         """x [B * N, D] -> [B * N, D]."""
         rows, length = context.rows, x.shape[0] // context.rows
         turned = self._heads + self._kv_heads
-        projected = project(self.qkv_proj, x).reshape(rows, length, -1, self._head_width)
-        q, k, v = mx.split(projected, [self._heads, turned], axis=2)
-        q = self._rotate(self.q_norm(q).transpose(0, 2, 1, 3), context)
-        k = self._rotate(self.k_norm(k).transpose(0, 2, 1, 3), context)
-        v = v.transpose(0, 2, 1, 3)
+        heads = project(self.qkv_proj, x).reshape(rows, length, -1, self._head_width)
+        # One norm and one rotation for queries and keys together; the values' norm is not used.
+        normed = mx.fast.rms_norm(heads, None, self._eps)[:, :, :turned] * self._scales()
+        q, k = mx.split(self._rotate(normed.transpose(0, 2, 1, 3), context), [self._heads], axis=1)
+        v = heads[:, :, turned:].transpose(0, 2, 1, 3)
         if cache is not None:
             k, v = cache.extend(k, v)
         if length == 1 and isinstance(context.mask, mx.array):
@@ -137,6 +138,15 @@ class Attention(nn.Module):
         attended = attended.reshape(rows, self._heads, length, self._head_width)
         attended = attended.transpose(0, 2, 1, 3).reshape(rows * length, -1)
         return project(self.o_proj, attended)
+
+    def _scales(self) -> mx.array:
+        """The norms' weights, [heads + kv_heads, d]: each head has a row."""
+        return mx.concatenate(
+            [
+                mx.broadcast_to(norm.weight, (heads, self._head_width))
+                for norm, heads in ((self.q_norm, self._heads), (self.k_norm, self._kv_heads))
+            ]
+        )
 
     def _rotate(self, x: mx.array, context: Context) -> mx.array:
         return mx.fast.rope(

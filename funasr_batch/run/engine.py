@@ -13,17 +13,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from funasr_batch.errors import FileError, RecognitionError
 from funasr_batch.recognizer import Recognizer
 from funasr_batch.records import (
     SAMPLE_RATE,
     FloatArray,
-    Recognition,
-    Segment,
     Status,
     TextSegment,
     Transcript,
@@ -42,9 +40,9 @@ from funasr_batch.run.reading import (
 from funasr_batch.run.stats import FileStats, Stage, StageClock, share
 from funasr_batch.run.stopping import StopRequest
 from funasr_batch.settings import recognition_digest
-from funasr_batch.text.join import TextWindow, join_windows
+from funasr_batch.text.join import join_segments
 from funasr_batch.text.language import language_of
-from funasr_batch.text.tokens import join_texts, render_text
+from funasr_batch.text.tokens import join_texts
 
 FRAMES_PER_SECOND = 100 / 6
 PATIENCE = 5.0
@@ -66,6 +64,15 @@ class Advanced:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """A segment's text while the recording is still being read; in order of time, without gaps
+    but for silence. Only where `stream_encoder` is set."""
+
+    job: Job
+    segment: TextSegment
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     job: Job
     transcript: Transcript
@@ -79,7 +86,7 @@ class Failed:
     stage: Stage
 
 
-Event: TypeAlias = Started | Advanced | Finished | Failed
+Event: TypeAlias = Started | Advanced | Heard | Finished | Failed
 
 
 def transcribe_jobs(
@@ -164,7 +171,10 @@ class _File:
     clock: StageClock
     started: float
     read: FileRead | None = None
-    segments: list[tuple[Segment, TextSegment]] = field(default_factory=list)
+    segments: dict[int, TextSegment] = field(default_factory=dict)
+    """By their position in the recording; those without text too."""
+    told: int = 0
+    """Segments of the beginning whose texts were given out early."""
     tokens: int = 0
     real_frames: int = 0
     padded_frames: int = 0
@@ -179,8 +189,13 @@ def _batch_policy(recognizer: Recognizer, batch_seconds: float | None) -> BatchP
     # A CPU gains nothing from large batches and loses cache locality (benchmarks/RESULTS.md).
     seconds = batch_seconds or (1200.0 if recognizer.device == "gpu" else 60.0)
     frames = max(1, int(seconds * FRAMES_PER_SECOND))
+    # Who wants the first text soon gets a batch of what is there, not of what is yet to be read.
+    lookahead = READ_AHEAD if recognizer.settings.stream_encoder else 512
     return BatchPolicy(
-        max_padded_frames=frames, max_items=256, lookahead_items=512, lookahead_frames=2 * frames
+        max_padded_frames=frames,
+        max_items=min(256, lookahead),
+        lookahead_items=lookahead,
+        lookahead_frames=2 * frames,
     )
 
 
@@ -248,19 +263,30 @@ def _recognise(
             continue
         with file.clock.measure("text"):
             text = recognizer.text_segment(clip.segment, recognition)
-        file.segments.append((clip.segment, text))
+        file.segments[clip.segment.index] = text
         file.tokens += len(recognition.token_ids)
         file.real_frames += len(clip.features)
         file.padded_frames += frames
         new = clip.segment.end - clip.segment.start - clip.segment.overlap
         yield Advanced(clip.job, new / SAMPLE_RATE)
+        if recognizer.settings.stream_encoder:
+            yield from _heard(clip.job, file)
         yield from _finish_if_complete(clip.job, files, recognizer)
+
+
+def _heard(job: Job, file: _File) -> Iterator[Event]:
+    """The texts that nothing earlier is missing for any more."""
+    while (text := file.segments.get(file.told)) is not None:
+        file.told += 1
+        if text.text:
+            yield Heard(job, text)
 
 
 def _run_model(
     clips: Sequence[ClipRead], files: dict[Job, _File], recognizer: Recognizer
-) -> Iterator[tuple[ClipRead, Recognition | RecognitionError, int]]:
-    """Each clip with its result and the frames it cost; a batch that fails is tried one by one."""
+) -> Iterator[tuple[ClipRead, Any, int]]:
+    """Each clip with its recognition, or the RecognitionError in its place, and the frames it
+    cost; a batch that fails is tried one by one."""
     lengths = [len(clip.features) for clip in clips]
     try:
         result = recognizer.recognise([clip.features for clip in clips])
@@ -276,7 +302,7 @@ def _run_model(
     for index, (clip, recognition) in enumerate(zip(clips, result.recognitions, strict=True)):
         if clip.job in files:
             files[clip.job].clock.add("encode", encode[index])
-            files[clip.job].clock.add("predict/decode", decode[index])
+            files[clip.job].clock.add(recognizer.decode_stage, decode[index])
         yield clip, recognition, max(lengths)
 
 
@@ -293,7 +319,7 @@ def _finish_if_complete(
 
 def _assemble(file: _File, read: FileRead, recognizer: Recognizer) -> tuple[Transcript, FileStats]:
     with file.clock.measure("text"):
-        segments = _in_order(file.segments, joined=recognizer.new_vad is None)
+        segments = _in_order(file.segments, joined=recognizer.windows_overlap)
         text = join_texts(segment.text for segment in segments)
     stats = FileStats(
         audio_seconds=read.info.duration,
@@ -325,16 +351,9 @@ def _status(read: FileRead, text: str) -> Status:
     return "done_with_warnings" if read.warnings else "done"
 
 
-def _in_order(
-    segments: list[tuple[Segment, TextSegment]], *, joined: bool
-) -> tuple[TextSegment, ...]:
-    """The segments that have text, by time; of overlapping windows each keeps its own tokens."""
-    segments = sorted(segments, key=lambda pair: pair[0].index)
-    texts = [text for _, text in segments]
+def _in_order(segments: dict[int, TextSegment], *, joined: bool) -> tuple[TextSegment, ...]:
+    """The segments that have text, by time; of overlapping windows each keeps its own words."""
+    texts = [segments[index] for index in sorted(segments)]
     if joined:
-        windows = [TextWindow(cut.start_ms, cut.end_ms, text.tokens) for cut, text in segments]
-        texts = [
-            replace(text, tokens=tokens, text=render_text(tokens))
-            for text, tokens in zip(texts, join_windows(windows), strict=True)
-        ]
+        texts = join_segments(texts)
     return tuple(text for text in texts if text.text)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
+    from funasr_batch.records import TextSegment
+
 
 @dataclass(frozen=True, slots=True)
 class FileResult:
@@ -63,6 +65,9 @@ class Reporter(Protocol):
 
     def file_advanced(self, path: PurePath, seconds: float) -> None:
         """`seconds` more of its audio are done, silence included."""
+
+    def file_heard(self, path: PurePath, segment: TextSegment) -> None:
+        """The next text of a recording that is not finished yet; only where texts come early."""
 
     def file_finished(self, result: FileResult) -> None:
         """Also for a recording that never started: skipped, or failed at once."""
@@ -103,6 +108,9 @@ class QuietProgress:
     def file_advanced(self, path: PurePath, seconds: float) -> None:
         pass
 
+    def file_heard(self, path: PurePath, segment: TextSegment) -> None:
+        pass
+
     def file_finished(self, result: FileResult) -> None:
         if result.outcome in ("failed", "partial"):
             self._stream.write_line(_failure_line(result))
@@ -132,6 +140,9 @@ class LineProgress:
         pass
 
     def file_advanced(self, path: PurePath, seconds: float) -> None:
+        pass
+
+    def file_heard(self, path: PurePath, segment: TextSegment) -> None:
         pass
 
     def file_finished(self, result: FileResult) -> None:
@@ -196,6 +207,9 @@ class LiveProgress:
         self._advanced += seconds
         if path in self._in_work:
             self._in_work[path] += seconds
+
+    def file_heard(self, path: PurePath, segment: TextSegment) -> None:
+        pass
 
     def file_finished(self, result: FileResult) -> None:
         self._finished += 1
@@ -269,6 +283,9 @@ class EventLog:
 
     - `run_started`: `files`, `audio_seconds` (null when unknown)
     - `file_started`: `path`
+    - `segment`: `path`, `id`, `start`, `end` (seconds), `text`, `timing`, as the JSON output has
+      them; in order of time while the recording is still being read, which may fail after it;
+      with `stream_encoder` only
     - `file_finished`: `path`, `status`, `stats`; `reason` when partial
     - `file_failed`: `path`, `reason`
     - `file_skipped`: `path`, `reason`
@@ -305,6 +322,17 @@ class EventLog:
 
     def file_advanced(self, path: PurePath, seconds: float) -> None:
         pass
+
+    def file_heard(self, path: PurePath, segment: TextSegment) -> None:
+        self._write(
+            "segment",
+            **_json_path(path),
+            id=segment.id,
+            start=segment.start / 1000,
+            end=segment.end / 1000,
+            text=segment.text,
+            timing=segment.timing,
+        )
 
     def file_finished(self, result: FileResult) -> None:
         path = _json_path(result.path)
@@ -344,6 +372,10 @@ class Broadcast:
     def file_advanced(self, path: PurePath, seconds: float) -> None:
         for reporter in self._reporters:
             reporter.file_advanced(path, seconds)
+
+    def file_heard(self, path: PurePath, segment: TextSegment) -> None:
+        for reporter in self._reporters:
+            reporter.file_heard(path, segment)
 
     def file_finished(self, result: FileResult) -> None:
         for reporter in self._reporters:

@@ -20,7 +20,7 @@ import numpy as np
 from funasr_batch.audio import open_audio
 from funasr_batch.errors import AudioError, FileError, UnstableError, VanishedError
 from funasr_batch.recognizer import Recognizer
-from funasr_batch.records import SAMPLE_RATE, FloatArray, Segment, SourceInfo
+from funasr_batch.records import SAMPLE_RATE, Excerpt, FloatArray, Segment, SourceInfo
 from funasr_batch.run.stats import Stage, StageClock
 from funasr_batch.run.storage import file_digest
 
@@ -50,7 +50,7 @@ class FileOpened:
 class ClipRead:
     job: Job
     segment: Segment
-    features: FloatArray = field(repr=False)
+    features: FloatArray | Excerpt = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from funasr_batch.records import Token
+from funasr_batch.records import Token, Word
 
 CONTINUES = "@@"
 
@@ -62,7 +62,7 @@ def detokenise(
     return tuple(_spell_abbreviations(_attach_clitics(_join_pieces(heard))))
 
 
-def render_text(tokens: Iterable[Token]) -> str:
+def render_text(tokens: Iterable[Token | Word]) -> str:
     """The text of tokens as a person would type it.
 
     One space between words of an alphabet, none between Chinese characters, digits and their

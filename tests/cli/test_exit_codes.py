@@ -119,10 +119,10 @@ class TestUsage:
                 ],
             ),
             (
-                ["models", "pull"],
+                ["status", "here"],
                 [
-                    "the command 'models' is not in this version",
-                    "A folder of that name is given as ./models",
+                    "the command 'status' is not in this version",
+                    "A folder of that name is given as ./status",
                 ],
             ),
             (["doctor", "--json"], ["doctor takes no arguments, not '--json'"]),
