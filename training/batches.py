@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,12 +102,20 @@ def _label_shard(path: Path) -> list[Labels]:
 
 
 class Dataset:
-    """The utterances of several folders of shards under one index, with their labels."""
+    """The utterances of several folders of shards under one index, with their labels.
 
-    def __init__(self, folders: Sequence[Path], processes: int) -> None:
+    `label_shard` gives the labels of one shard's file; it runs in other processes.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        processes: int,
+        label_shard: Callable[[Path], list[Any]] = _label_shard,
+    ) -> None:
         paths = [path for folder in folders for path in sorted(folder.glob("*.npy"))]
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            self._labels = [x for labels in pool.map(_label_shard, paths) for x in labels]
+            self._labels = [x for labels in pool.map(label_shard, paths) for x in labels]
         self._shards: list[Shard] = [shard for folder in folders for shard in read_all(folder)]
         self._first = np.cumsum([0, *map(len, self._shards)])
         self.lengths = np.concatenate([np.diff(shard.offset) for shard in self._shards])
@@ -121,7 +130,7 @@ class Dataset:
         place = index - int(self._first[shard])
         return self._shards[shard].audio[offset[place] : offset[place + 1]]
 
-    def labels(self, index: int) -> Labels:
+    def labels(self, index: int) -> Any:
         return self._labels[index]
 
 

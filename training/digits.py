@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from training import dsp, shards
+from training import dsp, nano_texts, shards
 from training.corpus import Split
 from training.shards import SAMPLE_RATE, Utterance
 from training.tokens import Tokens
@@ -142,6 +142,7 @@ def draw_string(
         text=" ".join(NAMES[digits.digit[index]] for index in chosen),
         kind="digits",
         voice=speaker,
+        written=nano_texts.write([[NAMES[digits.digit[index]] for index in chosen]]),
     )
 
 

@@ -25,6 +25,9 @@ class Utterance:
     kind: str
     """`zh`, `en`, `mixed` or `digits`."""
     voice: str
+    written: str = ""
+    """The text with punctuation and capitals (`nano_texts`); empty where the maker did not know
+    where sentences end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Shard:
     text: npt.NDArray[np.str_] = field(repr=False)
     kind: npt.NDArray[np.str_] = field(repr=False)
     voice: npt.NDArray[np.str_] = field(repr=False)
+    written: npt.NDArray[np.str_] | None = field(default=None, repr=False)
+    """None in shards of the time before it."""
 
     def __len__(self) -> int:
         return len(self.text)
@@ -56,6 +61,7 @@ class Shard:
             str(self.text[index]),
             str(self.kind[index]),
             str(self.voice[index]),
+            "" if self.written is None else str(self.written[index]),
         )
 
 
@@ -73,6 +79,7 @@ def write(folder: Path, name: str, utterances: list[Utterance]) -> None:
         text=np.array([utterance.text for utterance in utterances]),
         kind=np.array([utterance.kind for utterance in utterances]),
         voice=np.array([utterance.voice for utterance in utterances]),
+        written=np.array([utterance.written for utterance in utterances]),
     )
     np.save(folder / f"{name}.npy", np.concatenate([u.samples for u in utterances]))
 

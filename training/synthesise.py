@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training import dsp, shards
+from training import dsp, nano_texts, shards
 from training.corpus import Corpus, Kind, Language, Sentence, Split, Unit
 from training.espeak import Delivery, Espeak, Word
 from training.shards import SAMPLE_RATE, Utterance
@@ -169,9 +169,11 @@ def draw_utterance(
     count = rng.choices(list(SENTENCE_COUNTS), list(SENTENCE_COUNTS.values()))[0]
     parts = [_silence(rng.uniform(0, 0.6))]
     spans: list[tuple[Unit, int, int]] = []
+    sentences: list[Sentence] = []
     position = len(parts[0])
     for index in range(count):
-        clip = speak(espeak, _draw_sentence(corpus, rng, kind, split), speaker, rng)
+        sentence = _draw_sentence(corpus, rng, kind, split)
+        clip = speak(espeak, sentence, speaker, rng)
         pause = _silence(rng.uniform(0.2, 1.0))
         longest = LONGEST_SECONDS * SAMPLE_RATE
         if index and position + len(pause) + len(clip.samples) > longest:
@@ -179,12 +181,14 @@ def draw_utterance(
         if index:
             parts.append(pause)
             position += len(pause)
+        sentences.append(sentence)
         spans.extend((unit, start + position, end + position) for unit, start, end in clip.spans)
         parts.append(clip.samples)
         position += len(clip.samples)
     parts.append(_silence(rng.uniform(0, 0.6)))
     audio = _through_channel(np.concatenate(parts), rng)
-    return _label(audio, spans, tokens, speaker, rng)
+    written = nano_texts.write([unit.text for unit in s.units] for s in sentences)
+    return _label(audio, spans, written, tokens, speaker, rng)
 
 
 def _draw_sentence(corpus: Corpus, rng: random.Random, kind: Kind, split: Split) -> Sentence:
@@ -198,6 +202,7 @@ def _draw_sentence(corpus: Corpus, rng: random.Random, kind: Kind, split: Split)
 def _label(
     audio: dsp.FloatArray,
     spans: list[tuple[Unit, int, int]],
+    written: str,
     tokens: Tokens,
     speaker: Speaker,
     rng: random.Random,
@@ -212,6 +217,7 @@ def _label(
         text=sentence.text,
         kind=sentence.kind,
         voice=speaker.name,
+        written=written,
     )
 
 
