@@ -8,6 +8,7 @@ has its own: nothing to do there.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import glob
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 ENVIRONMENT_VARIABLE = "FUNASR_BATCH_BLAS"
+KERNELS_VARIABLE = "OPENBLAS_CORETYPE"
+_KERNELS_WITHOUT_AVX = (b"Prescott", b"Core2", b"Penryn", b"Dunnington", b"Nehalem", b"Generic")
 
 SLOW_BLAS_ADVICE = (
     "MLX runs on the reference BLAS here, about 40 times slower than this CPU can. "
@@ -54,12 +57,48 @@ def load_fast_blas() -> Blas:
         return Blas("accelerate")
     for path in _candidates():
         try:
+            _choose_kernels(path)
             library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         if hasattr(library, "cblas_sgemm"):
             return Blas("mkl" if "mkl" in path else "openblas", path)
     return Blas("reference")
+
+
+def _choose_kernels(path: str) -> None:
+    """Names the processor to an OpenBLAS that is older than it.
+
+    Such a one takes it for a Pentium 4 and does without AVX: OpenBLAS 0.3.21 on an Emerald Rapids
+    was three to six times slower (benchmarks/RESULTS.md). It reads the variable when it is loaded,
+    so it is loaded once to be asked and a second time to be used.
+    """
+    if KERNELS_VARIABLE in os.environ:
+        return
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL)
+    ask = getattr(library, "openblas_get_corename", None)
+    if ask is None:
+        return
+    ask.restype = ctypes.c_char_p
+    if ask() in _KERNELS_WITHOUT_AVX and (better := _kernels_for(_processor_flags())):
+        _ctypes.dlclose(library._handle)
+        os.environ[KERNELS_VARIABLE] = better
+
+
+def _kernels_for(flags: frozenset[str]) -> str | None:
+    """The newest kernels of OpenBLAS 0.3.21 that a processor with these flags can run."""
+    if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
+        return "Cooperlake" if "avx512_bf16" in flags else "SkylakeX"
+    return "Haswell" if {"avx2", "fma"} <= flags else None
+
+
+def _processor_flags() -> frozenset[str]:
+    """What Linux says that the processor can do; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def available_cores() -> int:

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from funasr_batch.cpu import ENVIRONMENT_VARIABLE, Blas
+from funasr_batch.cpu import (
+    _KERNELS_WITHOUT_AVX,
+    ENVIRONMENT_VARIABLE,
+    KERNELS_VARIABLE,
+    Blas,
+    _kernels_for,
+    _processor_flags,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux chooses its BLAS")
 
@@ -102,3 +109,40 @@ def test_only_the_reference_is_slow() -> None:
         True,
         False,
     ]
+
+
+KERNELS = """
+import ctypes, os
+library = ctypes.CDLL(None)
+library.openblas_get_corename.restype = ctypes.c_char_p
+answer["kernels"] = library.openblas_get_corename().decode()
+"""
+
+
+def test_an_openblas_older_than_the_processor_uses_avx(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _kernels_for(_processor_flags()):
+        pytest.skip("a processor without AVX2")
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
+    if run(PREPARE)["kind"] != "openblas":
+        pytest.skip("no OpenBLAS")
+    assert run(PREPARE + KERNELS)["kernels"].encode() not in _KERNELS_WITHOUT_AVX
+
+
+def test_the_users_choice_of_kernels_holds() -> None:
+    if run(PREPARE)["kind"] != "openblas":
+        pytest.skip("no OpenBLAS")
+    assert run(PREPARE + KERNELS, **{KERNELS_VARIABLE: "Prescott"})["kernels"] == "Prescott"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels"),
+    [
+        ("fpu sse2", None),
+        ("avx2 fma", "Haswell"),
+        ("avx2 fma avx512f avx512dq avx512bw avx512vl", "SkylakeX"),
+        ("avx2 fma avx512f avx512dq avx512bw avx512vl avx512_bf16", "Cooperlake"),
+        ("avx2 fma avx512f", "Haswell"),
+    ],
+)
+def test_kernels_that_a_processor_can_run(flags: str, kernels: str | None) -> None:
+    assert _kernels_for(frozenset(flags.split())) == kernels

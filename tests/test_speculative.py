@@ -323,16 +323,22 @@ def test_both_ways_are_tried_and_the_faster_one_goes_on(
     drafted: float, plain: float, better: str
 ) -> None:
     gate = Gate(probe=4, period=64)
-    decided = stretches(gate, {"drafted": drafted, "plain": plain}, 6)
-    assert decided == [("drafted", 4), ("plain", 4), (better, 64)] * 2
+    decided = stretches(gate, {"drafted": drafted, "plain": plain}, 7)
+    assert decided == [("drafted", 4)] + [("plain", 4), ("drafted", 4), (better, 64)] * 2
 
 
 def test_a_gate_changes_its_mind() -> None:
     gate = Gate(probe=2, period=10)
-    assert stretches(gate, {"drafted": 30, "plain": 20}, 3)[-1] == ("drafted", 10)
-    # Half of what was measured before still counts, so one bad stretch is not enough.
+    assert stretches(gate, {"drafted": 30, "plain": 20}, 4)[-1] == ("drafted", 10)
+    # What was fast is forgotten slowly, so one bad stretch is not enough.
     assert stretches(gate, {"drafted": 15, "plain": 20}, 3)[-1] == ("drafted", 10)
     assert stretches(gate, {"drafted": 15, "plain": 20}, 3)[-1] == ("plain", 10)
+
+
+def test_a_slow_first_stretch_is_forgiven() -> None:
+    gate = Gate(probe=2, period=10)
+    stretches(gate, {"drafted": 1, "plain": 20}, 1)  # a GPU met new shapes
+    assert stretches(gate, {"drafted": 30, "plain": 20}, 3)[-1] == ("drafted", 10)
 
 
 def test_what_brought_nothing_is_not_measured() -> None:
@@ -342,6 +348,7 @@ def test_what_brought_nothing_is_not_measured() -> None:
     gate.record("drafted", 5, 0.0)
     assert gate.next_stretch()[0] == "plain"
     gate.record("plain", 1, 100.0)
+    gate.next_stretch()
     assert gate.next_stretch() == ("plain", gate.period)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from training.shards import SAMPLE_RATE, Shard, Utterance, read, read_all
+from training.shards import SAMPLE_RATE, Shard, Utterance, read
 
 EOS = 2
 FRAME_SAMPLES = 960
@@ -116,7 +116,8 @@ class Dataset:
         paths = [path for folder in folders for path in sorted(folder.glob("*.npy"))]
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             self._labels = [x for labels in pool.map(label_shard, paths) for x in labels]
-        self._shards: list[Shard] = [shard for folder in folders for shard in read_all(folder)]
+        # The paths from above: a shard that was finished meanwhile has no labels.
+        self._shards: list[Shard] = [read(path) for path in paths]
         self._first = np.cumsum([0, *map(len, self._shards)])
         self.lengths = np.concatenate([np.diff(shard.offset) for shard in self._shards])
 

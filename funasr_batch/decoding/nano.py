@@ -144,8 +144,8 @@ class NanoDecoding:
     rows: int
     """Segments whose texts are written at the same time."""
     drafts: frozenset[DraftSource]
-    planner: Callable[[], StretchPlanner]
-    """Decides, call by call, whether drafts are worth their time."""
+    planner: StretchPlanner
+    """Decides whether drafts are worth their time."""
     guard_silence: bool = False
     """Whether segments may be silent: the LLM, which would invent a text, does not see those."""
     plain_features: bool = True
@@ -272,7 +272,7 @@ class NanoDecoding:
             stops=self.stops,
             rows=self.rows,
             sampling=self.sampling,
-            planner=self.planner() if drafted else None,
+            planner=self.planner if drafted else None,
         )
         _add(self.tally.generate, tally)
         answered = iter(answers)

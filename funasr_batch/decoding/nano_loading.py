@@ -93,7 +93,7 @@ def load_nano(
         sampling=options.sampling,
         rows=options.rows or _rows(model, positions + LONGEST_BLOCK + CAPACITY_STEP),
         drafts=options.drafts,
-        planner=options.planner,
+        planner=options.planner(),
         ctc=ctc,
         guard_silence=options.guard_silence,
         plain_features=checkpoint.cmvn is None,

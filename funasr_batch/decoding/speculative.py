@@ -132,7 +132,8 @@ class Gate:
     """Decides, by what was measured, whether drafts are checked or passes are plain.
 
     Both ways are tried for `probe` passes; then the faster one runs for `period` passes before the
-    other is tried again. What is decided changes no token, only the time.
+    other is tried again. What is decided changes no token, only the time. To be kept from call to
+    call: what it has learned goes on to hold.
     """
 
     probe: int = 4
@@ -151,13 +152,15 @@ class Gate:
         """Tells what a stretch has brought; seconds of prompts do not count."""
         if tokens and seconds > 0:
             rate = tokens / seconds
-            before = self._rates.get(mode, rate)
-            self._rates[mode] = (before + rate) / 2
+            # A slow stretch may be one that met a new shape, for which a GPU prepares itself: what
+            # was fast is forgotten slowly, what is faster is believed at once.
+            self._rates[mode] = max(rate, (self._rates.get(mode, rate) + rate) / 2)
 
     def _plan(self) -> Iterator[tuple[Mode, int]]:
+        yield "drafted", self.probe
         while True:
-            yield "drafted", self.probe
             yield "plain", self.probe
+            yield "drafted", self.probe
             drafted, plain = self._rates.get("drafted", 0.0), self._rates.get("plain", 0.0)
             yield ("drafted" if drafted >= plain else "plain"), self.period
 
