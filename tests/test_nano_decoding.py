@@ -66,7 +66,7 @@ class Loaded:
             self.decoding,
             stops=STOPS,
             drafts=frozenset(drafts),
-            planner=lambda: Always("drafted"),
+            planner=Always("drafted"),
             **changes,
         )
 
