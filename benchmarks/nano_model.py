@@ -55,4 +55,5 @@ def random_nano(dtype: mx.Dtype, plan: Quantization, *, ctc: bool = False) -> Fu
     model.update(tree_map(lambda value: value.astype(dtype), model.parameters()))
     quantize_layers(model, plan)
     mx.eval(model.parameters())
+    model.eval()
     return model

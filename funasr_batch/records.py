@@ -155,10 +155,10 @@ class TextSegment:
     text: str
     timing: Timing
     tokens: tuple[Token, ...] = ()
-    words: tuple[Word, ...] = ()
-    """What was said, where only the segment's own times are known; otherwise `tokens` say it."""
     flags: tuple[str, ...] = ()
     """What a reader should know: `recut`, `truncated`, `loop`, `too_much_text`."""
+    words: tuple[Word, ...] = ()
+    """What was said, where only the segment's own times are known; otherwise `tokens` say it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from funasr_batch.decoding import generate as generating
 from funasr_batch.decoding.generate import (
     FIRST_REACH,
     LONGEST_BLOCK,
@@ -21,10 +22,11 @@ from funasr_batch.decoding.generate import (
     StretchPlanner,
     generate,
 )
+from funasr_batch.decoding.kv_cache import KvCache
 from funasr_batch.decoding.sampling import Sampling
 from funasr_batch.decoding.speculative import Always, Draft, Gate, LookupDraft
 from funasr_batch.errors import RecognitionError
-from funasr_batch.models.qwen3 import Qwen3, Qwen3Config
+from funasr_batch.models.qwen3 import Context, Qwen3, Qwen3Config
 
 VOCABULARY = 40
 CONFIG = Qwen3Config(
@@ -489,3 +491,48 @@ def test_seconds_are_counted(llm: Qwen3, case: Case) -> None:
     _, tally = generate(llm, case.requests, stops=STOPS, rows=2)
     assert tally.prefill_seconds > 0
     assert tally.generate_seconds > 0
+
+
+# --- Longer than a row of the cache ---------------------------------------------------------------
+
+
+def windowed(llm: Qwen3, request: Request, recent: int, sinks: int) -> tuple[int, ...]:
+    """One token at a time, each from the whole text through a window; no cache."""
+    ids: list[int] = []
+    prompt = len(request.embeddings)
+    while len(ids) < request.max_tokens:
+        said = llm.embed(mx.array(ids, mx.int32))
+        x = mx.concatenate([request.embeddings, said])[None]
+        position = np.arange(x.shape[1])
+        behind = position[:, None] - position[None, :]
+        # The prompt sees all of itself, in one pass.
+        near = (behind < recent) | (position[None, :] < sinks) | (position[:, None] < prompt)
+        hidden = np.where((behind >= 0) & near, np.float32(0), -np.float32(np.inf))
+        states = llm(x, Context(1, 0, mx.array(hidden[None, None])))
+        ids.append(int(np.array(llm.logits(states[0, -1])).argmax()))
+    return tuple(ids)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("planner", [None, Always("drafted")], ids=["plain", "drafted"])
+def test_texts_longer_than_the_cache_are_seen_through_a_window(
+    llm: Qwen3, rows: int, planner: StretchPlanner | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacity = 64
+    monkeypatch.setattr(generating, "CAPACITY_STEP", 1)
+    monkeypatch.setattr(generating, "MOST_CAPACITY", capacity)
+    window = KvCache(llm.config, 1, capacity, generating.LONGEST_BLOCK, mx.float32).window
+    requests = [request_of(llm, size, 40, seed) for seed, size in enumerate((5, 40, 70))]
+    expected = [windowed(llm, request, window.recent, window.sinks) for request in requests]
+    texts, tally = generate(
+        llm,
+        [
+            replace(request, draft=InPlace([*ids[:9], 0, *ids[10:]]))
+            for request, ids in zip(requests, expected, strict=True)
+        ],
+        stops=frozenset(),
+        rows=rows,
+        planner=planner,
+    )
+    assert [text.ids for text in texts] == expected
+    assert (tally.accepted > 50) == (planner is not None)

@@ -25,6 +25,7 @@ from funasr_batch.records import (
     TextSegment,
     Token,
     Transcript,
+    Word,
 )
 from funasr_batch.run.manifest import (
     MANIFEST_NAME,
@@ -73,6 +74,7 @@ def make_transcript(source: Source, text: str = "你好 world") -> Transcript:
         language="zh",
         segments=(
             TextSegment(0, 120, 900, text, "cif", (Token("你", 120, 300, 0.987654321),), ("x",)),
+            TextSegment(1, 900, 1300, "吗？", "vad", words=(Word("吗？", 0.25),)),
         ),
         status="done",
         warnings=("a warning",),

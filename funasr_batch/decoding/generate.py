@@ -42,6 +42,9 @@ LONGEST_BLOCK = 32
 FIRST_REACH = 7
 """Drafted tokens of a row's first pass; as many again after each that was right to the end."""
 CAPACITY_STEP = 256
+MOST_CAPACITY = 4096
+"""Positions that a row of the cache holds at most; longer texts are seen through a window. A minute
+of speech with the longest list of hotwords and the whole budget stays below 1,500."""
 MAX_LOGITS_BYTES = 1 << 30
 """Of one pass that checks drafts."""
 AHEAD_BYTES = 256 << 20
@@ -158,10 +161,9 @@ class _Run:
         self._texts = [_Row(index, requests[index]) for index in order]
         self._waiting = deque(self._texts)
         self._rows: list[_Row | None] = [None] * rows
-        block = 1 if self._planner is None else LONGEST_BLOCK
-        longest = max(len(r.embeddings) + r.max_tokens for r in requests) + block
-        capacity = -(-longest // CAPACITY_STEP) * CAPACITY_STEP
-        self._cache = KvCache(llm.config, rows, capacity, block, llm.dtype)
+        longest = max(len(r.embeddings) + r.max_tokens for r in requests) + LONGEST_BLOCK
+        capacity = min(MOST_CAPACITY, -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
+        self._cache = KvCache(llm.config, rows, capacity, LONGEST_BLOCK, llm.dtype)
         self._inputs = mx.zeros((rows,), mx.int32)
         self._history_size = max(r.max_tokens for r in requests) if sampling.needs_history else 0
         self._history = mx.full((rows, self._history_size), NOTHING, mx.int32)

@@ -172,9 +172,9 @@ class NanoDecoding:
 
     def text_segment(self, segment: Segment, recognition: NanoRecognition) -> TextSegment:
         """The words and their times in the recording."""
-        shift = segment.start_ms
+        shift, last = segment.start_ms, segment.end_ms  # the last frame may reach beyond the end
         tokens = (
-            replace(token, start=token.start + shift, end=token.end + shift)
+            replace(token, start=min(token.start + shift, last), end=min(token.end + shift, last))
             for token in recognition.tokens
         )
         return TextSegment(

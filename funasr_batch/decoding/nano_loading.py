@@ -130,6 +130,7 @@ def load_network(
     model.load_weights(list(tensors.items()), strict=True)
     tensors.clear()
     mx.eval(model.parameters())
+    model.eval()
     return model
 
 

@@ -58,11 +58,6 @@ def _exp2_vjp(x: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
     return cotangent * power * _LOG_2
 
 
-def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x) in x's dtype, computed in float32."""
-    return (1 / (1 + exp2(mx.minimum(-_LOG2_E * x.astype(mx.float32), 126)))).astype(x.dtype)
-
-
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, key_mask: mx.array | None
 ) -> mx.array:
@@ -101,20 +96,15 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
     return (centred * mx.rsqrt(variance + eps) * weight + bias).astype(x.dtype)
 
 
-MOST_FEW_ROWS = 16
-"""Up to here `few_rows` is faster than MLX's product (benchmarks/RESULTS.md)."""
+def few_rows(x: FloatArray, weight: FloatArray) -> FloatArray:
+    """x float32 [M, K] times the transpose of weight [N, K] -> [M, N], for small M.
 
-
-def few_rows(x: mx.array, weight: mx.array) -> mx.array:
-    """x float32 [M, K] times the transpose of weight [N, K] -> [M, N], evaluated here.
-
-    For the steps of a language model. MLX hands every product to the BLAS as one of matrices,
-    which packs all of the weights to multiply them by a row or two; numpy multiplies by a vector.
+    As products of the weights with vectors, or with a narrow matrix: asked for x times the weights
+    a BLAS would pack all of these.
     """
-    rows, matrix = np.array(x, copy=False), np.array(weight, copy=False)
-    if len(rows) <= 2:
-        return mx.array(np.stack([matrix @ row for row in rows]))
-    return mx.array(np.ascontiguousarray((matrix @ rows.T).T))
+    if len(x) <= 2:
+        return np.stack([weight @ row for row in x])
+    return np.ascontiguousarray((weight @ x.T).T)
 
 
 def depthwise_convolution(x: mx.array, weight: mx.array) -> mx.array:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -21,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from funasr_batch.models import cpu_kernels
+from funasr_batch.models import cpu_kernels, qwen3_steps
 from funasr_batch.models.layers import on_gpu
 
 FUSED: Mapping[str, tuple[str, ...]] = {
@@ -83,24 +82,12 @@ class Context:
     """[B, 1, N, T], added to the scores; "causal"; or None when every query sees everything."""
 
 
-@partial(mx.compile, shapeless=True)
-def _swiglu_compiled(gate: mx.array, up: mx.array) -> mx.array:
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    if on_gpu():
-        return _swiglu_compiled(gate, up)
-    # Without a C++ compiler there is no mx.compile, and exp is not vectorised: cpu_kernels.
-    return gate * cpu_kernels.sigmoid(gate) * up
-
-
-def project(layer: nn.Module, x: mx.array) -> mx.array:
-    """x [M, K] through a linear layer without bias, or an embedding as one: [M, N]."""
-    few = x.shape[0] <= cpu_kernels.MOST_FEW_ROWS and x.dtype == mx.float32
-    if few and not on_gpu():
-        return cpu_kernels.few_rows(x, layer.weight)
-    return layer.as_linear(x) if isinstance(layer, nn.Embedding) else layer(x)
+_swiglu_compiled = mx.compile(_swiglu, shapeless=True)
+"""For a GPU; on a CPU `mx.compile` needs a C++ compiler on the user's machine."""
 
 
 class Attention(nn.Module):
@@ -113,6 +100,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=False)
         self.q_norm = nn.RMSNorm(config.head_width, eps=config.eps)
         self.k_norm = nn.RMSNorm(config.head_width, eps=config.eps)
+        self.config = config
         self._heads, self._kv_heads = config.heads, config.kv_heads
         self._head_width, self._theta = config.head_width, config.rope_theta
         self._eps = config.eps
@@ -121,7 +109,7 @@ class Attention(nn.Module):
         """x [B * N, D] -> [B * N, D]."""
         rows, length = context.rows, x.shape[0] // context.rows
         turned = self._heads + self._kv_heads
-        heads = project(self.qkv_proj, x).reshape(rows, length, -1, self._head_width)
+        heads = self.qkv_proj(x).reshape(rows, length, -1, self._head_width)
         # One norm and one rotation for queries and keys together; the values' norm is not used.
         normed = mx.fast.rms_norm(heads, None, self._eps)[:, :, :turned] * self._scales()
         q, k = mx.split(self._rotate(normed.transpose(0, 2, 1, 3), context), [self._heads], axis=1)
@@ -137,7 +125,7 @@ class Attention(nn.Module):
         )
         attended = attended.reshape(rows, self._heads, length, self._head_width)
         attended = attended.transpose(0, 2, 1, 3).reshape(rows * length, -1)
-        return project(self.o_proj, attended)
+        return self.o_proj(attended)
 
     def _scales(self) -> mx.array:
         """The norms' weights, [heads + kv_heads, d]: each head has a row."""
@@ -168,8 +156,8 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.units, config.width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(project(self.gate_up_proj, x), 2, axis=-1)
-        return project(self.down_proj, _swiglu(gate, up))
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj((_swiglu_compiled if on_gpu() else _swiglu)(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -225,6 +213,9 @@ class Qwen3(nn.Module):
         Without a context the rows begin at position 0 and each position sees those before it.
         """
         context = context or Context(len(embeddings), 0, "causal")
+        positions = embeddings.shape[0] * embeddings.shape[1]
+        if caches and context.mask != "causal" and self._steps_in_numpy(positions):
+            return qwen3_steps.step(self, embeddings, context, caches)
         x = embeddings.reshape(-1, embeddings.shape[-1])
         for number, layer in enumerate(self.model.layers):
             x = layer(x, context, caches[number] if caches is not None else None)
@@ -233,7 +224,16 @@ class Qwen3(nn.Module):
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden [..., D] -> [..., V]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return project(self.model.embed_tokens, rows).reshape(*hidden.shape[:-1], -1)
+        if self._steps_in_numpy(len(rows)):
+            weight = np.array(self.model.embed_tokens.weight, copy=False)
+            logits = mx.array(cpu_kernels.few_rows(np.array(rows), weight))
+        else:
+            logits = self.model.embed_tokens.as_linear(rows)
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def _steps_in_numpy(self, positions: int) -> bool:
+        few = positions <= qwen3_steps.MOST_POSITIONS and self.dtype == mx.float32
+        return few and not self.training and not on_gpu()
 
 
 def fuse(tensors: MutableMapping[str, mx.array]) -> None:

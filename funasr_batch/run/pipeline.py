@@ -83,7 +83,9 @@ def run(
             folder: _open_output(folder, stack, reporter)
             for folder in dict.fromkeys(task.output_folder for task in tasks)
         }
-        groups = [_prepare(group, manifests, cache_dir) for group in _by_recognition(tasks)]
+        groups = _by_model(
+            [_prepare(group, manifests, cache_dir) for group in _by_recognition(tasks)]
+        )
         base = Path(os.path.commonpath({task.source.root for task in tasks}))
         return _Run(tuple(manifests.values()), base, reporter, stop).all(groups, missing)
 
@@ -127,6 +129,14 @@ def _by_recognition(tasks: Iterable[Task]) -> list[list[Task]]:
     for task in tasks:
         groups.setdefault(digests[task.settings], []).append(task)
     return list(groups.values())
+
+
+def _by_model(groups: Sequence[_Group]) -> list[_Group]:
+    """The groups in an order in which every model is loaded once: those that share one in a row."""
+    first: dict[str, int] = {}
+    for group in groups:
+        first.setdefault(group.files.asr.weights_sha256, len(first))
+    return sorted(groups, key=lambda group: first[group.files.asr.weights_sha256])
 
 
 def _prepare(tasks: Sequence[Task], manifests: Mapping[Path, Manifest], cache_dir: Path) -> _Group:

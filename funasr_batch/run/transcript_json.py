@@ -11,7 +11,7 @@ import json
 import zlib
 from typing import Any
 
-from funasr_batch.records import ModelInfo, SourceInfo, TextSegment, Token, Transcript
+from funasr_batch.records import ModelInfo, SourceInfo, TextSegment, Token, Transcript, Word
 
 FORMAT_VERSION = 1
 
@@ -70,6 +70,7 @@ def _segment_to_dict(segment: TextSegment) -> dict[str, Any]:
         "timing": segment.timing,
         "tokens": [[t.text, t.start, t.end, t.confidence] for t in segment.tokens],
         "flags": list(segment.flags),
+        "words": [[word.text, word.confidence] for word in segment.words],
     }
 
 
@@ -82,4 +83,5 @@ def _segment_from_dict(data: dict[str, Any]) -> TextSegment:
         timing=data["timing"],
         tokens=tuple(Token(*row) for row in data["tokens"]),
         flags=tuple(data["flags"]),
+        words=tuple(Word(*row) for row in data.get("words", ())),  # 0.1.0 had none
     )
