@@ -24,7 +24,7 @@ from funasr_batch.decoding.generate import (
 )
 from funasr_batch.decoding.kv_cache import KvCache
 from funasr_batch.decoding.sampling import Sampling
-from funasr_batch.decoding.speculative import Always, Draft, Gate, LookupDraft
+from funasr_batch.decoding.speculative import Always, Draft, Gate, LookupDraft, SaidText
 from funasr_batch.errors import RecognitionError
 from funasr_batch.models.qwen3 import Context, Qwen3, Qwen3Config
 
@@ -263,7 +263,7 @@ def edits(draw: st.DrawFn) -> Callable[[Sequence[int]], Draft | None]:
             case "noise":
                 return InPlace(numbers * 20)
             case "lookup":
-                return LookupDraft(ids)
+                return LookupDraft(SaidText(ids))
         changed = list(ids)
         for place, number in zip(places, numbers, strict=False):
             if deleting:

@@ -18,6 +18,7 @@ from funasr_batch.decoding.speculative import (
     FirstOf,
     Gate,
     LookupDraft,
+    SaidText,
     TextDraft,
     Tokenizer,
     accepted,
@@ -239,34 +240,49 @@ def with_errors(words: Sequence[str], seed: int, separator: str) -> str:
 # --- Look-up --------------------------------------------------------------------------------------
 
 
+def looked_up(ids: Sequence[int], limit: int, earlier: Sequence[int] = ()) -> list[int]:
+    return list(LookupDraft(SaidText(earlier)).propose(ids, limit))
+
+
 def test_what_followed_the_newest_tokens_before_is_proposed() -> None:
-    draft = LookupDraft()
-    assert draft.propose([1, 2, 3, 4, 5, 2, 3], 9) == [4, 5, 2, 3]
-    assert draft.propose([1, 2, 3, 4, 5, 2, 3], 2) == [4, 5]
-    assert list(draft.propose([1, 2, 3, 4, 5, 2, 6], 9)) == []
+    assert looked_up([1, 2, 3, 4, 5, 2, 3], 9) == [4, 5, 2, 3]
+    assert looked_up([1, 2, 3, 4, 5, 2, 3], 2) == [4, 5]
+    assert looked_up([1, 2, 3, 4, 5, 2, 6], 9) == []
 
 
 def test_the_longest_match_counts_and_of_these_the_last() -> None:
-    draft = LookupDraft(longest=3, shortest=1)
-    #              -------          -----           -----
-    assert draft.propose([1, 2, 3, 7, 9, 2, 3, 8, 9, 1, 2, 3], 1) == [7]
-    assert draft.propose([2, 3, 7, 2, 3, 8, 5, 2, 3], 1) == [8]
-    assert draft.propose([3, 7, 3, 8, 3], 1) == [8]
+    #                 -------          -----           -----
+    assert looked_up([1, 2, 3, 7, 9, 2, 3, 8, 9, 1, 2, 3], 1) == [7]
+    assert looked_up([2, 3, 7, 2, 3, 8, 5, 2, 3], 1) == [8]
 
 
 @pytest.mark.parametrize("ids", [[], [1], [1, 2], [5, 6, 7, 8]])
 def test_what_was_never_said_is_not_proposed(ids: list[int]) -> None:
-    assert list(LookupDraft().propose(ids, 9)) == []
-    if ids:
-        assert list(LookupDraft([9, 9, 9, 9]).propose(ids, 9)) == []
+    assert looked_up(ids, 9) == []
+    assert looked_up(ids, 9, earlier=[9, 9, 9, 9]) == []
 
 
 def test_earlier_texts_are_looked_up_too() -> None:
-    draft = LookupDraft([10, 11, 12, 13, 14])
-    assert draft.propose([11, 12], 2) == [13, 14]
-    assert draft.propose([11, 12, 13, 14, 11, 12], 2) == [13, 14]
-    # A text of its own that is shorter than the one before: nothing of that is left.
-    assert draft.propose([5], 2) == ()
+    earlier = [10, 11, 12, 13, 14]
+    assert looked_up([11, 12], 2, earlier) == [13, 14]
+    assert looked_up([5], 2, earlier) == []
+    # What it said itself counts more.
+    assert looked_up([11, 12, 7, 11, 12], 1, earlier) == [7]
+
+
+def test_earlier_texts_are_shared_and_stay_as_they_are() -> None:
+    earlier = SaidText([1, 2, 3])
+    first = LookupDraft(earlier)
+    assert list(first.propose([4, 5, 6], 9)) == []
+    assert list(LookupDraft(earlier).propose([4, 5], 9)) == []
+    assert len(earlier) == 3
+
+
+def test_a_growing_text_is_followed() -> None:
+    draft = LookupDraft()
+    ids = [1, 2, 3, 4, 1, 2]
+    seen = [list(draft.propose(ids[: size + 1], 1)) for size in range(len(ids))]
+    assert seen == [[], [], [], [], [], [3]]
 
 
 def test_a_loop_is_drafted() -> None:

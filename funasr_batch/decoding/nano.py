@@ -21,7 +21,7 @@ from funasr_batch.decoding.ctc_branch import CtcBranch, CtcReading
 from funasr_batch.decoding.generate import Generated, Request, StretchPlanner, Tally, generate
 from funasr_batch.decoding.lanes import padded, require_finite, rounds
 from funasr_batch.decoding.sampling import Sampling
-from funasr_batch.decoding.speculative import Draft, FirstOf, LookupDraft, TextDraft
+from funasr_batch.decoding.speculative import Draft, FirstOf, LookupDraft, SaidText, TextDraft
 from funasr_batch.frontend import MEL_BINS
 from funasr_batch.models.nano import FRAMES_PER_TOKEN, FunAsrNano, audio_tokens
 from funasr_batch.records import (
@@ -49,6 +49,9 @@ MAX_NEW_TOKENS = 512
 SPARE_TOKENS, TOKENS_PER_SECOND = 16, 16.0
 """The budget of a segment. Mandarin has 4 to 6 tokens a second, English 3 to 5; scripts that the
 BPE knows as bytes have some 15."""
+
+MOST_SAID = 20_000
+"""Tokens that are kept to draft from: some two hours of speech, a few megabytes."""
 
 RECUTS = 2
 """How often a segment is halved at most."""
@@ -130,6 +133,8 @@ class DecodingTally:
     generate: Tally = field(default_factory=Tally)
     segments: int = 0
     recut: int = 0
+    said: SaidText = field(default_factory=SaidText)
+    """The texts of late, to draft from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,9 +280,17 @@ class NanoDecoding:
             planner=self.planner if drafted else None,
         )
         _add(self.tally.generate, tally)
+        if "lookup" in self.drafts:
+            self._remember(answers)
         answered = iter(answers)
         texts = [_NOTHING if skipped else next(answered) for skipped in silent]
         return [self._judged(*parts) for parts in zip(pieces, texts, ctc, spoken, strict=True)]
+
+    def _remember(self, answers: Sequence[Generated]) -> None:
+        if len(self.tally.said) > MOST_SAID:
+            self.tally.said = SaidText()
+        for answer in answers:
+            self.tally.said.add(answer.ids)
 
     def _audio_and_ctc(
         self, pieces: Sequence[_Piece]
@@ -325,7 +338,7 @@ class NanoDecoding:
         if reading is not None:
             sources.append(TextDraft(reading, self.tokenizer))
         if "lookup" in self.drafts:
-            sources.append(LookupDraft())
+            sources.append(LookupDraft(self.tally.said))
         return FirstOf(tuple(sources)) if sources else None
 
     def _judged(

@@ -8,7 +8,7 @@ of the same speech (the CTC head, a Paraformer, a smaller model) and from text t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -16,6 +16,8 @@ Mode: TypeAlias = Literal["drafted", "plain"]
 
 LONGEST_MATCH = 8
 """Characters of the newest text that are looked for in a reading after a mismatch."""
+LOOKED_UP = (3, 2)
+"""How many of the newest tokens are looked up in earlier text."""
 REACH_BACK, REACH_AHEAD = 24, 24
 """Characters around the expected place in which they are looked for. Back, because what the reading
 lacks moves the expected place on."""
@@ -92,27 +94,50 @@ class TextDraft:
         return self._reading[self._places[self._at - 1] + 1 if self._at else 0 :]
 
 
+class SaidText:
+    """Tokens that were said, and where each run of a few of them was said last."""
+
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        self._ids: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}
+        self.add(ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, ids: Iterable[int]) -> None:
+        """Appends what was said next. A run counts once something has followed it."""
+        for token in ids:
+            for length in LOOKED_UP:
+                if len(self._ids) >= length:
+                    self._ends[tuple(self._ids[-length:])] = len(self._ids)
+            self._ids.append(token)
+
+    def after(self, newest: Sequence[int], limit: int) -> Sequence[int]:
+        """What followed these tokens when they were last said; nothing where they never were."""
+        end = self._ends.get(tuple(newest))
+        return () if end is None else self._ids[end : end + limit]
+
+
 class LookupDraft:
     """Drafts from earlier text: what followed the newest tokens when they were last said.
 
-    Source: Saxena 2023, "Prompt Lookup Decoding".
+    Its own text is looked at first, then `earlier`, which many drafts may share. Source: Saxena
+    2023, "Prompt Lookup Decoding".
     """
 
-    def __init__(self, earlier: Sequence[int] = (), *, longest: int = 3, shortest: int = 2) -> None:
-        self._text = list(earlier)
-        self._own = len(self._text)
-        self._lengths = range(longest, shortest - 1, -1)
+    def __init__(self, earlier: SaidText | None = None) -> None:
+        self._earlier = earlier or SaidText()
+        self._own = SaidText()
 
     def propose(self, ids: Sequence[int], limit: int) -> Sequence[int]:
-        self._text[self._own :] = ids
-        text = self._text
-        for length in self._lengths:
-            if len(text) <= length:
-                continue
-            newest = text[-length:]
-            for start in range(len(text) - length - 1, -1, -1):
-                if text[start : start + length] == newest:
-                    return text[start + length : start + length + limit]
+        self._own.add(ids[len(self._own) :])
+        for length in LOOKED_UP:
+            if len(ids) >= length:
+                newest = ids[-length:]
+                found = self._own.after(newest, limit) or self._earlier.after(newest, limit)
+                if found:
+                    return found
         return ()
 
 
