@@ -29,6 +29,8 @@ from funasr_batch.records import (
 )
 from funasr_batch.segments import ContextCutter, Segmenter, SegmentPolicy, WindowCutter
 from funasr_batch.settings import Settings
+from funasr_batch.text.hotwords import SpelledHotwords, spell_hotwords
+from funasr_batch.text.prompt import MAX_HOTWORD_LENGTH
 from funasr_batch.weights.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from funasr_batch.weights.hub import resolve_model
 
@@ -304,9 +306,7 @@ def load_recognizer(
         decoding = _nano(files, settings, getattr(mx, dtype), networks)
     elif checkpoint.architecture in ARCHITECTURES:
         _refuse_language(settings)
-        decoding = networks.get(
-            (checkpoint.weights_sha256, dtype), lambda: _paraformer(checkpoint, getattr(mx, dtype))
-        )
+        decoding = _paraformer_with(settings, checkpoint, getattr(mx, dtype), networks)
     else:
         raise CheckpointError(
             f"{checkpoint.folder} holds a {checkpoint.architecture}: it does not recognise speech",
@@ -326,7 +326,7 @@ def load_recognizer(
         decoding=decoding,
         settings=settings,
         decode_stage="prefill/generate" if files.is_nano else "predict/decode",
-        warnings=_warnings(files, on_gpu=on_gpu),
+        warnings=_warnings(files, settings, on_gpu=on_gpu),
     )
 
 
@@ -338,8 +338,10 @@ def _refuse_language(settings: Settings) -> None:
         )
 
 
-def _warnings(files: ModelFiles, *, on_gpu: bool) -> tuple[str, ...]:
+def _warnings(files: ModelFiles, settings: Settings, *, on_gpu: bool) -> tuple[str, ...]:
     warnings = []
+    if settings.hotwords and not files.is_nano:
+        warnings += _hotword_warnings(files, settings)
     if files.quantization and not on_gpu:
         warnings.append(
             f"{files.name} in {files.quantization}: products of quantised weights are slower than "
@@ -351,6 +353,56 @@ def _warnings(files: ModelFiles, *, on_gpu: bool) -> tuple[str, ...]:
             "segments, not of words (timing: vad)"
         )
     return tuple(warnings)
+
+
+def _hotword_warnings(files: ModelFiles, settings: Settings) -> list[str]:
+    if not _knows_hotwords(files.asr):
+        return [
+            f"{files.name} is a {files.asr.architecture} without a hotword decoder: hotwords are "
+            "ignored. Models that use them are paraformer (SeACo), nano and nano-mlt"
+        ]
+    left_out = _spelled(files.asr, settings.hotwords).left_out
+    if not left_out:
+        return []
+    shown = ", ".join(f"{hotword[:MAX_HOTWORD_LENGTH]!r}" for hotword in left_out[:10])
+    more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+    return [
+        f"hotwords that {files.name} cannot spell, or that are longer than {MAX_HOTWORD_LENGTH} "
+        f"characters, are left out: {shown}{more}"
+    ]
+
+
+def _knows_hotwords(checkpoint: Checkpoint) -> bool:
+    return "hotword_output_layer.weight" in checkpoint.specs
+
+
+def _spelled(checkpoint: Checkpoint, hotwords: Iterable[str]) -> SpelledHotwords:
+    return spell_hotwords(hotwords, checkpoint.tokens or (), checkpoint.seg_dict)
+
+
+def _paraformer_with(
+    settings: Settings, checkpoint: Checkpoint, dtype: mx.Dtype, networks: Networks
+) -> ParaformerDecoding:
+    """The decoding with the hotwords of `settings`, which are no part of what is kept.
+
+    The bias network is loaded with the first list and kept beside the network it belongs to.
+    """
+    decoding: ParaformerDecoding
+    decoding, bias_networks = networks.get(
+        (checkpoint.weights_sha256, str(dtype)),
+        lambda: (_paraformer(checkpoint, dtype), Networks()),
+    )
+    if not settings.hotwords or not _knows_hotwords(checkpoint):
+        return decoding
+    ids = _spelled(checkpoint, settings.hotwords).ids
+    if not ids:
+        return decoding
+    if _SOS not in decoding.tokens:
+        raise CheckpointError(f"{checkpoint.folder} has no token {_SOS}, which hotwords need")
+    from funasr_batch.decoding.paraformer import load_seaco, with_hotwords
+
+    network = bias_networks.get(("seaco",), lambda: load_seaco(checkpoint, dtype))
+    return with_hotwords(decoding, network, ids, none_id=decoding.tokens.index(_SOS))
 
 
 def _paraformer(checkpoint: Checkpoint, dtype: mx.Dtype) -> ParaformerDecoding:

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from funasr_batch.records import Transcript
 from funasr_batch.settings import Settings
 from funasr_batch.text.cues import STYLES, CueStyle, style_for
-from funasr_batch.writers import WriterOptions, write
+from funasr_batch.writers import WriterOptions, write_all
+from funasr_batch.writers.html_page import link_to
 
 
-def render(transcript: Transcript, settings: Settings) -> dict[str, bytes]:
-    """The content of each format that the settings ask for."""
-    options = WriterOptions(cue_style(settings, transcript.text), settings.bom)
-    return {name: write(transcript, name, options) for name in settings.format}
+def render(
+    transcript: Transcript, settings: Settings, folder: Path | None = None
+) -> dict[str, bytes]:
+    """The content of each format that the settings ask for, to be written into `folder`.
+
+    HTML has a relative link to the recording. When `folder` is None, the page is taken to lie
+    beside the recording, or, if there is an output folder, anywhere: then the link is absolute.
+    """
+    options = WriterOptions(
+        style=cue_style(settings, transcript.text),
+        bom=settings.bom,
+        recording=_link(Path(transcript.source.path), settings, folder),
+    )
+    return write_all(transcript, settings.format, options)
+
+
+def _link(recording: Path, settings: Settings, folder: Path | None) -> str | None:
+    if not recording.is_absolute():
+        return None
+    if folder is not None:
+        return link_to(str(recording), str(folder))
+    return None if settings.output_dir is None else recording.as_uri()
 
 
 def cue_style(settings: Settings, text: str) -> CueStyle:

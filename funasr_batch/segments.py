@@ -155,12 +155,14 @@ class Segmenter:
         """Decide what no later span can change; `pending` is where the next one may start."""
         certain = self._audio.end - VAD_LAG
         is_open = certain > pending
-        group = self._group
-        if group is not None and pending > group.end:
+        if self._group is not None and pending > self._group.end:
+            # Nothing can touch it any more: as when the next span comes, it is split before its
+            # length counts.
+            group = self._group = self._split(self._group)
             too_far = pending - group.end > max(self._max_gap, 2 * self._pad)
             too_long = is_open and certain - group.start > self._target
             if too_far or too_long:
-                self._close(self._split(group), next_start=pending)
+                self._close(group, next_start=pending)
         if is_open:
             self._split_open_span(pending, certain)
 

@@ -41,7 +41,7 @@ RENDERING: Final[frozenset[Group]] = frozenset({"subtitles"})
 PER_RECORDING: Final[frozenset[Group]] = RECOGNITION | RENDERING | {"format"}
 """The groups that a rule, and a configuration file found among the inputs, may set."""
 
-Format: TypeAlias = Literal["srt", "json", "txt", "vtt", "tsv"]
+Format: TypeAlias = Literal["srt", "json", "txt", "vtt", "tsv", "ass", "lrc", "html"]
 FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 
 MODELS: Final = ("paraformer", "nano", "nano-mlt", "sample-paraformer", "sample-nano")
@@ -179,7 +179,7 @@ class Settings:
         metadata=_about(
             "recognition",
             Words(),
-            "names and terms that Nano should expect, separated by commas",
+            "names and terms to expect, separated by commas (Nano, SeACo-Paraformer)",
             metavar="LIST",
             also=("--hotword",),
         ),

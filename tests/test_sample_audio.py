@@ -35,7 +35,11 @@ def units(text: str) -> list[str]:
 
 def test_every_recording_has_every_format(transcripts: Path) -> None:
     found = {path.name for path in transcripts.iterdir() if not path.name.startswith(".")}
-    assert found == {f"{n}.{f}" for n in NAMES for f in ("srt", "json", "txt", "vtt", "tsv")}
+    assert found == {
+        f"{n}.{f}"
+        for n in NAMES
+        for f in ("srt", "json", "txt", "vtt", "tsv", "ass", "lrc", "html")
+    }
 
 
 def test_texts_are_the_references(transcripts: Path) -> None:

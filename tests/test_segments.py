@@ -484,3 +484,16 @@ def test_real_speech_is_split_in_its_pauses(shared_data: Path) -> None:
     for clip in clips[:-1]:
         around = audio[clip.segment.end - 1_600 : clip.segment.end + 1_600]
         assert float(np.mean(around**2)) < 0.02 * mean_power
+
+
+def test_speech_is_split_before_its_length_decides_about_merging() -> None:
+    """Found by `test_blocks_and_the_vads_lag_change_nothing`: a stretch a little over the limit,
+    another one a sample later, and a VAD that reports it as late as it may."""
+    audio = noise(24.0)
+    spans = [Span(0, 16_800), Span(16_801, 17_279)]
+    policy = SegmentPolicy(
+        max_seconds=1.0, target_seconds=1.0, max_gap_seconds=0.2, window_seconds=1.0
+    )
+    at_once = run(Segmenter(policy, ScriptedVad(spans)), audio, [len(audio)])
+    late = run(Segmenter(policy, ScriptedVad(spans, VAD_LAG - 158)), audio, [1000])
+    assert [clip.segment for clip in late] == [clip.segment for clip in at_once]

@@ -400,7 +400,12 @@ def test_the_description_shows_where_each_value_comes_from(tmp_path: Path) -> No
         ("model: {a: b}", 1, "model must be paraformer", None),
         ("model: [a]", 1, "model must be paraformer", None),
         ("model:", 1, "model must be paraformer", None),
-        ("format: srt;txt", 1, "format must be all, or some of srt,json,txt,vtt,tsv", None),
+        (
+            "format: srt;txt",
+            1,
+            "format must be all, or some of srt,json,txt,vtt,tsv,ass,lrc,html",
+            None,
+        ),
         ("vad: none\nvad: none", 2, "'vad' is set twice", None),
         ("max_segment: 3\nmax-segment: 3", 2, "'max_segment' is set twice", None),
         ("- language: zh", 1, "a configuration must be lines such as", None),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +27,7 @@ from funasr_batch.models.paraformer import (
     Paraformer,
     ParaformerConfig,
 )
+from funasr_batch.models.seaco import Seaco, SeacoConfig
 from funasr_batch.records import (
     FRAME_MS,
     BatchResult,
@@ -44,6 +45,9 @@ UPSAMPLING = 3
 """Steps of the timestamp head in one encoder frame."""
 
 EMPTY = Recognition((), (), ())
+
+_MAIN_PREFIXES = ("encoder.", "predictor.", "decoder.")
+_LIST_PREFIXES = ("decoder.embed.", "bias_encoder.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +69,15 @@ class _Decoded:
     """float32 [B, L] or [B, 3 L]: weights whose peaks date the tokens."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Hotwords:
+    """A list of hotwords, as the bias network of a SeacoParaformer has read it."""
+
+    network: Seaco = field(repr=False)
+    memory: mx.array
+    """[K, D], evaluated; the last row stands for "none of them"."""
+
+
 @dataclass(frozen=True, slots=True)
 class ParaformerDecoding:
     """What decoding needs besides the batch."""
@@ -77,6 +90,7 @@ class ParaformerDecoding:
     """Where segments are recognised side by side. With none, a batch is padded and goes as one."""
     tokens: tuple[str, ...] = field(default=(), repr=False)
     """The vocabulary."""
+    hotwords: Hotwords | None = None
 
     def text_segment(self, segment: Segment, recognition: Recognition) -> TextSegment:
         """Words, characters and their times in the recording."""
@@ -161,13 +175,28 @@ class ParaformerDecoding:
         mask = None
         if counts.min() < counts.max():
             mask = length_mask(mx.array(counts), embeddings.shape[1])
-        logits = self.model.decode(embeddings, mask, memory, encoded.mask).astype(mx.float32)
-        return _Decoded(
-            counts,
-            ids=mx.argmax(logits, axis=-1),
-            confidences=peak_probability(logits),
-            timing=self._timing_weights(encoded),
-        )
+        decoder = self.model.decoder
+        hidden = decoder.hidden(embeddings, mask, memory, encoded.mask)
+        logits = decoder.output_layer(hidden).astype(mx.float32)
+        ids, confidences = mx.argmax(logits, axis=-1), peak_probability(logits)
+        if self.hotwords is not None:
+            network = self.hotwords.network
+            bias = network.logits(self.hotwords.memory, embeddings, hidden, mask)
+            bias = bias.astype(mx.float32)
+            kept = network.has_nothing_to_say(bias) | self._is_dropped(ids)
+            ids = mx.where(kept, ids, mx.argmax(bias, axis=-1))
+            confidences = mx.where(kept, confidences, peak_probability(bias))
+        return _Decoded(counts, ids, confidences, timing=self._timing_weights(encoded))
+
+    def _is_dropped(self, ids: mx.array) -> mx.array:
+        """bool [B, N]: where the main decoder says that there is no text.
+
+        No hotword is written there. Together with the counts, which come from the CIF alone, this
+        keeps hotwords out of what is not speech: a list changes what a token says, never how many
+        there are or when. FunASR writes hotwords over `</s>` too.
+        """
+        dropped = mx.array(sorted(self.dropped_ids) or [-1])
+        return mx.any(ids[..., None] == dropped, axis=-1)
 
     def _timing_weights(self, encoded: _Encoded) -> mx.array:
         """Weights whose peaks date the tokens: the timestamp head's, or the CIF's own."""
@@ -236,6 +265,46 @@ def load_paraformer(
     return ParaformerDecoding(
         model, config.tail_threshold, dropped_ids, cpu_streams(), checkpoint.tokens
     )
+
+
+def load_seaco(checkpoint: Checkpoint, dtype: mx.Dtype) -> Seaco:
+    """Builds the bias network of a SeacoParaformer and fills it.
+
+    What reads the list, the embedding and its LSTM, stays in float32: it runs once for each list,
+    and all that is said about a hotword hangs on one row.
+
+    Raises CheckpointError when the configuration lacks something that shapes the network, or a
+    tensor is missing or of another shape.
+    """
+    assert checkpoint.tokens is not None
+    try:
+        main = ParaformerConfig.from_checkpoint(checkpoint.config, len(checkpoint.tokens))
+        config = SeacoConfig.from_checkpoint(checkpoint.config, main)
+    except KeyError as error:
+        raise CheckpointError(f"the configuration of {checkpoint.folder} has no {error}") from error
+    network = Seaco(config)
+    expected = {name: value.shape for name, value in tree_flatten(network.parameters())}
+    check_tensors(checkpoint.specs, expected, path=checkpoint.folder, unused=_MAIN_PREFIXES)
+    tensors = checkpoint.load_tensors()
+    weights = [
+        (name, tensors[name].astype(mx.float32 if name.startswith(_LIST_PREFIXES) else dtype))
+        for name in expected
+    ]
+    network.load_weights(weights, strict=True)
+    mx.eval(network.parameters())
+    return network
+
+
+def with_hotwords(
+    decoding: ParaformerDecoding, network: Seaco, ids: Sequence[Sequence[int]], none_id: int
+) -> ParaformerDecoding:
+    """The same decoding with a list of hotwords, which is read here, once.
+
+    `ids` are the tokens of each hotword; `none_id`, that of `<s>`, stands for "none of them".
+    """
+    memory = network.represent([*ids, (none_id,)])
+    mx.eval(memory)
+    return replace(decoding, hotwords=Hotwords(network, memory))
 
 
 def _rescaled(weights: FloatArray, count: int) -> FloatArray:

@@ -193,7 +193,7 @@ class BidirectionalLstm(nn.Module):
         flipped = mx.take_along_axis(x, reverse, axis=1)
         gates = mx.stack([self._project(x, ""), self._project(flipped, "_reverse")])
         weights = mx.stack([self.weight_hh_l0, self.weight_hh_l0_reverse])
-        run = _advance if on_gpu() else _advance_on_cpu
+        run = advance_lstm if on_gpu() else _advance_on_cpu
         forward, backward = run(gates, weights)
         return mx.concatenate([forward, mx.take_along_axis(backward, reverse, axis=1)], axis=-1)
 
@@ -202,13 +202,13 @@ class BidirectionalLstm(nn.Module):
         return mx.addmm(bias, x, self[f"weight_ih_l0{suffix}"].T)
 
 
-def _advance(gates: mx.array, weights: mx.array) -> mx.array:
-    """Both directions together, one batched product a step.
+def advance_lstm(gates: mx.array, weights: mx.array) -> mx.array:
+    """The recurrence of S LSTMs together, one batched product a step, from zero states on.
 
-    gates [2, B, T, 4 * width], weights [2, 4 * width, width] -> [2, B, T, width].
+    gates [S, B, T, 4 * width], weights [S, 4 * width, width] -> hidden states [S, B, T, width].
     """
     recurrent = weights.swapaxes(1, 2)
-    hidden = cell = mx.zeros((2, gates.shape[1], weights.shape[2]), dtype=gates.dtype)
+    hidden = cell = mx.zeros((*gates.shape[:2], weights.shape[2]), dtype=gates.dtype)
     outputs = []
     for step in range(gates.shape[2]):
         i, f, g, o = mx.split(gates[:, :, step] + hidden @ recurrent, 4, axis=-1)
@@ -219,7 +219,7 @@ def _advance(gates: mx.array, weights: mx.array) -> mx.array:
 
 
 def _advance_on_cpu(gates: mx.array, weights: mx.array) -> mx.array:
-    """`_advance`, one sequence after the other."""
+    """`advance_lstm`, one sequence after the other."""
     states = [
         [cpu_kernels.lstm(inputs, recurrent) for inputs in direction]
         for direction, recurrent in zip(np.array(gates), np.array(weights), strict=True)
@@ -322,9 +322,13 @@ class DecoderLayer(nn.Module):
         memory: mx.array,
         memory_mask: mx.array | None,
     ) -> mx.array:
-        hidden = self.feed_forward(self.norm1(x))
-        x = x + self.self_attn(self.norm2(hidden), mask)
+        x = self.before_attention(x, mask)
         return x + self.src_attn(self.norm3(x), memory, memory_mask)
+
+    def before_attention(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        """Feed-forward and FSMN memory: what the norm before the cross-attention gets."""
+        hidden = self.feed_forward(self.norm1(x))
+        return x + self.self_attn(self.norm2(hidden), mask)
 
 
 class DecoderOutputLayer(nn.Module):
@@ -357,12 +361,22 @@ class ParaformerDecoder(nn.Module):
         memory_mask: mx.array | None,
     ) -> mx.array:
         """embeddings [B, N, D], memory [B, L, D] -> logits [B, N, V]."""
+        return self.output_layer(self.hidden(embeddings, mask, memory, memory_mask))
+
+    def hidden(
+        self,
+        embeddings: mx.array,
+        mask: mx.array | None,
+        memory: mx.array,
+        memory_mask: mx.array | None,
+    ) -> mx.array:
+        """embeddings [B, N, D], memory [B, L, D] -> what the output layer gets, [B, N, D]."""
         x = embeddings
         for layer in self.decoders:
             x = layer(x, mask, memory, memory_mask)
         for last in self.decoders3:
             x = last(x)
-        return self.output_layer(self.after_norm(x))
+        return self.after_norm(x)
 
 
 class Paraformer(nn.Module):

@@ -6,6 +6,7 @@
     tokens.json         the vocabulary: a list of strings (only where the model has one)
     tokenizer.json      the language model's tokenizer, and
     ctc.tiktoken        the vocabulary of its CTC head (only where the model has them)
+    seg_dict            how words are spelled in tokens, for hotwords (only where the model has it)
 
 A folder appears whole or not at all. MLX is imported only when tensors are loaded.
 """
@@ -44,6 +45,7 @@ DESCRIPTION_FILE = "model.json"
 TOKENS_FILE = "tokens.json"
 TOKENIZER_FILE = "tokenizer.json"
 CTC_VOCABULARY_FILE = "ctc.tiktoken"
+SEG_DICT_FILE = "seg_dict"
 CMVN_SHIFT = "cmvn.shift"
 CMVN_SCALE = "cmvn.scale"
 
@@ -90,6 +92,11 @@ class Checkpoint:
     def ctc_vocabulary(self) -> Path | None:
         """The vocabulary of the CTC head in tiktoken's format, where the model has one."""
         return _if_there(self.folder / CTC_VOCABULARY_FILE)
+
+    @property
+    def seg_dict(self) -> Path | None:
+        """The pieces of whole words, which hotwords are spelled with, where the model has them."""
+        return _if_there(self.folder / SEG_DICT_FILE)
 
     def load_tensors(self) -> dict[str, mx.array]:
         """The model's tensors, without CMVN; MLX reads each from the disk when it is first used."""

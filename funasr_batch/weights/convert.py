@@ -2,8 +2,8 @@
 
 Read: `configuration.json`, whose `file_path_metas` say where the other files are; else
 `config.yaml`, `model.pt`, `am.mvn` and `tokens.json` or `tokens.txt`
-(FunASR funasr/download/download_model_from_hub.py). Tensors keep their names, shapes and dtypes.
-What only Fun-ASR-Nano has is in nano_files.py.
+(FunASR funasr/download/download_model_from_hub.py), and `seg_dict` for hotwords. Tensors keep their
+names, shapes and dtypes. What only Fun-ASR-Nano has is in nano_files.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from funasr_batch.errors import CheckpointError, StorageError
 from funasr_batch.weights.checkpoint import (
     CTC_VOCABULARY_FILE,
     FORMAT_VERSION,
+    SEG_DICT_FILE,
     TOKENIZER_FILE,
     Checkpoint,
     Cmvn,
@@ -107,6 +108,7 @@ class FunasrFolder:
     weights: Path
     cmvn: Path | None
     tokens: Path | None
+    seg_dict: Path | None
     nano: NanoFiles | None
 
 
@@ -189,7 +191,8 @@ def read_layout(source: Path) -> FunasrFolder:
     if _wants_cmvn(config):
         cmvn = named(source, metas, "frontend_conf", "cmvn_file") or required(source / "am.mvn")
     nano = find_nano_files(source, metas, config_file, config) if architecture == NANO else None
-    files = (metadata, config_file, weights, cmvn, tokens, *(nano.all() if nano else ()))
+    seg_dict = _seg_dict(architecture, cmvn)
+    files = (metadata, config_file, weights, cmvn, tokens, seg_dict, *(nano.all() if nano else ()))
     keys = _NANO_CONFIG_KEYS if architecture == NANO else _CONFIG_KEYS
     return FunasrFolder(
         path=source,
@@ -199,6 +202,7 @@ def read_layout(source: Path) -> FunasrFolder:
         weights=weights,
         cmvn=cmvn,
         tokens=tokens,
+        seg_dict=seg_dict,
         nano=nano,
     )
 
@@ -222,7 +226,10 @@ def _write(folder: FunasrFolder, destination: Path, source: Mapping[str, Any]) -
 
 def _contents(folder: FunasrFolder, weights: TensorFile) -> _Contents:
     if folder.nano is None:
-        return _Contents(folder.config, tuple(weights.tensors), {})
+        kept = {}
+        if folder.seg_dict is not None:
+            kept[SEG_DICT_FILE] = read_text(folder.seg_dict).encode()
+        return _Contents(folder.config, tuple(weights.tensors), kept)
     config = {**folder.config, "llm_config": read_llm_config(folder.nano.llm_config)}
     files = {TOKENIZER_FILE: read_tokenizer(folder.nano.tokenizer)}
     tensors = kept_tensors(weights, config)
@@ -314,6 +321,14 @@ def _remove_remains(destination: Path) -> None:
 def _default_tokens(source: Path) -> Path:
     older = source / "tokens.txt"
     return older if older.is_file() else required(source / "tokens.json")
+
+
+def _seg_dict(architecture: str, cmvn: Path | None) -> Path | None:
+    """Beside am.mvn, where FunASR looks for it; only hotwords of a SeacoParaformer need it."""
+    if architecture != "SeacoParaformer" or cmvn is None:
+        return None
+    beside = cmvn.parent / "seg_dict"
+    return beside if beside.is_file() else None
 
 
 def _wants_cmvn(config: Mapping[str, Any]) -> bool:

@@ -29,6 +29,7 @@ WANTED_FILES = (
     "am.mvn",
     "tokens.json",
     "tokens.txt",
+    "seg_dict",
     "Qwen3-0.6B/config.json",
     "Qwen3-0.6B/tokenizer.json",
     "Qwen3-0.6B/tokenizer_config.json",

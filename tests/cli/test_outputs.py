@@ -16,7 +16,7 @@ import soundfile
 from audio_files import encode
 from command import Command, contents, files, record, settle, speech
 
-FORMATS = ("srt", "json", "txt", "vtt", "tsv")
+FORMATS = ("srt", "json", "txt", "vtt", "tsv", "ass", "lrc", "html")
 
 
 def letters(*texts: str) -> str:
