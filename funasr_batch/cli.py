@@ -60,6 +60,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
             return _doctor(rest)
         case ["models", *rest]:
             return _models(rest)
+        case ["lint", *rest]:
+            return _lint(rest)
         case [word, *_] if word in RESERVED:
             raise UsageError(
                 f"the command {word!r} is not in this version",
@@ -103,6 +105,12 @@ def _models(arguments: Sequence[str]) -> int:
     for line in run_models(arguments):
         _print(line)
     return 0
+
+
+def _lint(arguments: Sequence[str]) -> int:
+    from funasr_batch.lint_command import run_lint
+
+    return run_lint(arguments, _print)
 
 
 def _transcribe(arguments: Sequence[str]) -> int:

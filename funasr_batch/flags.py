@@ -42,6 +42,11 @@ settings may stand in files too, as lines such as `max-segment: 20`:
   the file given with --config
   funasr-batch.yaml in an input folder
 
+other commands:
+  funasr-batch lint FILE...      which norms of subtitling SRT and VTT files do not keep
+  funasr-batch models convert    a converted, perhaps quantised model in a folder
+  funasr-batch doctor            what this machine has and lacks
+
 exit codes:
   0  all done, or nothing to do             5  the disk cannot keep the results
   1  finished, but some recordings failed   70 internal error

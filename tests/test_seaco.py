@@ -197,7 +197,7 @@ def test_in_bfloat16_the_list_is_read_in_float32(checkpoint: Checkpoint) -> None
         assert value.dtype == (mx.float32 if precise else mx.bfloat16), name
     memory = network.represent([*SHORT, (SOS,)])
     assert memory.dtype == mx.float32
-    main = load_paraformer(checkpoint, mx.bfloat16, SPECIAL_IDS)
+    main = load_paraformer(checkpoint, mx.bfloat16, frozenset())
     decoding = on_one_lane(with_hotwords(main, network, LONG, SOS))
     for recognition, before in zip(
         decoding.recognise(clips()).recognitions, main.recognise(clips()).recognitions, strict=True

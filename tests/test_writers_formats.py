@@ -96,18 +96,21 @@ def test_syllables_fill_their_cue_and_begin_when_they_are_spoken(
     )
     assert len(lines) == len(cues)
     for line, cue in zip(lines, cues, strict=True):
-        length = round(cue.end / 10 + 0.001) - round(cue.start / 10 + 0.001)
-        parts = re.findall(r"\{\\k(\d+)\}([^{]*)", line)
+        offset = hundredths(cue.start)
+        length = max(hundredths(cue.end) - offset, 1)
         now = 0
-        for duration, text in parts:
+        for duration, text in re.findall(r"\{\\k(\d+)\}([^{]*)", line):
             starts = [next(spoken) for _ in re.sub(r"\\N|\s", "", text)]
-            # Hundredths of two rounded times, and _in_order may have moved a cue by some ms.
-            if starts and cue.start < starts[0] < cue.end:
-                assert (
-                    abs(cue.start + 10 * now - starts[0]) <= 20 or now * 10 >= starts[0] - cue.start
-                )
+            if starts:  # not the silence before the first word
+                assert len(set(starts)) == 1
+                assert now == min(max(hundredths(starts[0]) - offset, 0), length)
             now += int(duration)
-        assert abs(now - max(length, 1)) <= 1
+        assert now == length
+    assert next(spoken, None) is None
+
+
+def hundredths(milliseconds: int) -> int:
+    return (milliseconds + 5) // 10
 
 
 # --- LRC

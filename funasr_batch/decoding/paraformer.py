@@ -183,8 +183,9 @@ class ParaformerDecoding:
             network = self.hotwords.network
             bias = network.logits(self.hotwords.memory, embeddings, hidden, mask)
             bias = bias.astype(mx.float32)
-            kept = network.has_nothing_to_say(bias) | self._is_dropped(ids)
-            ids = mx.where(kept, ids, mx.argmax(bias, axis=-1))
+            said = mx.argmax(bias, axis=-1)
+            kept = (said == network.no_bias) | self._is_dropped(ids)
+            ids = mx.where(kept, ids, said)
             confidences = mx.where(kept, confidences, peak_probability(bias))
         return _Decoded(counts, ids, confidences, timing=self._timing_weights(encoded))
 
@@ -192,8 +193,9 @@ class ParaformerDecoding:
         """bool [B, N]: where the main decoder says that there is no text.
 
         No hotword is written there. Together with the counts, which come from the CIF alone, this
-        keeps hotwords out of what is not speech: a list changes what a token says, never how many
-        there are or when. FunASR writes hotwords over `</s>` too.
+        keeps hotwords out of what is not speech: a list may change what a token says, even to
+        nothing, but it never adds one, and a segment that is empty without hotwords stays empty.
+        FunASR writes hotwords over `</s>` too.
         """
         dropped = mx.array(sorted(self.dropped_ids) or [-1])
         return mx.any(ids[..., None] == dropped, axis=-1)

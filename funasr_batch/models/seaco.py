@@ -166,7 +166,7 @@ class Seaco(nn.Module):
         self.bias_encoder = BiasEncoder(width)
         self.seaco_decoder = BiasDecoder(config.decoder)
         self.hotword_output_layer = nn.Linear(width, config.decoder.vocabulary)
-        self._no_bias = config.no_bias
+        self.no_bias = config.no_bias
 
     def represent(self, hotwords: Sequence[Sequence[int]]) -> mx.array:
         """Token ids of each hotword, at least one -> [K, D] in the dtype of the LSTM.
@@ -187,7 +187,8 @@ class Seaco(nn.Module):
     def logits(
         self, hotwords: mx.array, embeddings: mx.array, hidden: mx.array, mask: mx.array | None
     ) -> mx.array:
-        """What the bias network would write at each token -> [B, N, V].
+        """What the bias network would write at each token -> [B, N, V]; where that is the token
+        `no_bias`, what the main decoder writes stands.
 
         hotwords [K, D] of `represent`; embeddings [B, N, D], the main decoder's input, and hidden
         [B, N, D], what its output layer gets; mask bool [B, N], or None when nothing is padded.
@@ -211,7 +212,3 @@ class Seaco(nn.Module):
         last = mx.full((len(scores), 1), memory.shape[1] - 1, best.dtype)
         kept = mx.concatenate([mx.sort(best, axis=-1), last], axis=-1)
         return mx.take_along_axis(memory, kept[..., None], axis=1)
-
-    def has_nothing_to_say(self, logits: mx.array) -> mx.array:
-        """logits [B, N, V] -> bool [B, N]: where the main decoder's token stands."""
-        return mx.argmax(logits, axis=-1) == self._no_bias

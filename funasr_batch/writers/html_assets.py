@@ -38,10 +38,13 @@ audio { display: block; width: 100%; height: 2.6rem; }
   color: inherit; background: transparent; border: 1px solid var(--line); border-radius: .4rem;
 }
 #found { min-width: 4.5rem; color: var(--faint); font-size: .85rem; text-align: end; }
-section { display: flex; gap: 1rem; margin: .9rem 0; }
+section {
+  display: flex; gap: 1rem; margin: .9rem 0;
+  content-visibility: auto; contain-intrinsic-size: auto 3rem;
+}
 section[hidden], [hidden] { display: none; }
 .time {
-  flex: none; width: 3.9rem; text-align: end; text-decoration: none;
+  flex: none; width: 3.4rem; text-decoration: none;
   color: var(--faint); font-size: .85rem; line-height: 2.1; font-variant-numeric: tabular-nums;
 }
 .time:hover, .now .time { color: var(--link); text-decoration: underline; }

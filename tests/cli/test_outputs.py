@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import os
+import re
 import sys
 from pathlib import Path
+from urllib.parse import unquote_to_bytes, urljoin
 
 import numpy as np
 import pysubs2
@@ -103,7 +106,7 @@ class TestArchive:
     ) -> None:
         root, _ = archive
         said = letters(json.loads((root / f"{stem}.json").read_text("utf-8"))["text"])
-        subtitles = [pysubs2.load(str(root / f"{stem}.{name}")) for name in ("srt", "vtt")]
+        subtitles = [pysubs2.load(str(root / f"{stem}.{name}")) for name in ("srt", "vtt", "ass")]
         for cues in subtitles:
             assert letters(*(cue.plaintext for cue in cues)) == said
             assert all(0 <= cue.start < cue.end for cue in cues)
@@ -113,6 +116,11 @@ class TestArchive:
         assert table[0] == ["start", "end", "text"]
         assert letters(*(row[2] for row in table[1:])) == said
         assert letters((root / f"{stem}.txt").read_text("utf-8")) == said
+        lines = (root / f"{stem}.lrc").read_text("utf-8").splitlines()[2:]
+        assert letters(*(line.partition("]")[2] for line in lines)) == said
+        page = (root / f"{stem}.html").read_text("utf-8").partition("<main>")[2]
+        words = re.findall("<span[^>]*>([^<]*)</span>", page.partition("</main>")[0])
+        assert html.unescape(letters(*words)) == said
 
 
 class TestNames:
@@ -178,6 +186,25 @@ class TestNames:
         assert all(line.isprintable() for line in lines)
         again = command("--", "-rf.wav", cwd=recordings)
         assert again.code == 0, again.err
+
+
+class TestPages:
+    @pytest.mark.parametrize("flags", [(), ("-o", "out"), ("-o", "recordings/x/y")], ids=str)
+    def test_a_page_finds_its_recording(
+        self, command: Command, recordings: Path, tmp_path: Path, flags: tuple[str, ...]
+    ) -> None:
+        names = ("a b/50% #1?&'\"<.wav", "\u202e语音:x.wav", "talk.flac")
+        for name in names:
+            record(recordings / name, 1.0)
+        ended = command(recordings, *flags, "-f", "html", cwd=tmp_path)
+        assert ended.code == 0, ended.err
+        found = set()
+        for page in tmp_path.rglob("*.html"):
+            link = re.search('<audio[^>]* src="([^"]*)"', page.read_text("utf-8"))
+            assert link is not None
+            address = urljoin(page.as_uri(), html.unescape(link[1]))
+            found.add(os.fsdecode(unquote_to_bytes(address.removeprefix("file://"))))
+        assert found == {str(recordings / name) for name in names}
 
 
 class TestSubtitleOptions:
