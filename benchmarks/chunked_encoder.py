@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from funasr_batch.audio import open_audio
-from funasr_batch.recognizer import Recognizer, load
+from funasr_batch.loading import load
+from funasr_batch.recognizer import Recognizer
 from funasr_batch.records import FRAME_MS, SAMPLE_RATE, Excerpt, FloatArray
 from funasr_batch.segments import ContextCutter, SegmentPolicy
 from funasr_batch.text.tokens import join_texts

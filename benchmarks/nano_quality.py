@@ -27,8 +27,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from funasr_batch.decoding.speculative import Always
+from funasr_batch.loading import load
 from funasr_batch.models_command import run_models
-from funasr_batch.recognizer import load
 from funasr_batch.records import FloatArray
 from training.evaluate import SHARD_TOKENS, labelled
 from training.nano_scoring import edits, units_of

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         UsageError,
         VanishedError,
     )
-    from funasr_batch.recognizer import Recognizer, load
+    from funasr_batch.loading import load
+    from funasr_batch.recognizer import Recognizer
     from funasr_batch.records import ModelInfo, SourceInfo, TextSegment, Token, Transcript
 
 __version__ = "0.1.0"
@@ -58,7 +59,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("Recognizer", "load"), "recognizer"),
+    "Recognizer": "recognizer",
+    "load": "loading",
     **dict.fromkeys(("ModelInfo", "SourceInfo", "TextSegment", "Token", "Transcript"), "records"),
 }
 

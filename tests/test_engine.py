@@ -25,7 +25,8 @@ from funasr_batch.errors import (
     VanishedError,
 )
 from funasr_batch.frontend import FrontEnd
-from funasr_batch.recognizer import Recognizer, load
+from funasr_batch.loading import load
+from funasr_batch.recognizer import Recognizer
 from funasr_batch.records import (
     FRAME_SAMPLES,
     BatchResult,

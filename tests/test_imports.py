@@ -1,7 +1,7 @@
 """Who imports what. MLX stays behind a few doors, and the command answers before it is loaded.
 
 * `models/` and `decoding/` are made of MLX and import it at the top.
-* `weights/`, `recognizer.py` and `doctor.py` import it inside the functions that need it, so that a
+* `weights/`, `loading.py` and `doctor.py` import it inside the functions that need it, so that a
   run that finds nothing to do never loads it.
 * Nothing else imports it at all.
 """
@@ -20,7 +20,7 @@ import funasr_batch
 
 PACKAGE = Path(funasr_batch.__file__).parent
 AT_THE_TOP = ("models/", "decoding/")
-IN_FUNCTIONS = ("weights/", "recognizer.py", "doctor.py")
+IN_FUNCTIONS = ("weights/", "loading.py", "doctor.py")
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -57,7 +57,7 @@ def test_the_doors_are_in_use() -> None:
     for door in (*AT_THE_TOP, *IN_FUNCTIONS):
         assert any(module.startswith(door) for module in with_mlx), door
     assert imports_mlx("models/layers.py", functions=False)
-    assert not imports_mlx("recognizer.py", functions=False)
+    assert not imports_mlx("loading.py", functions=False)
 
 
 def loaded_after(code: str) -> set[str]:

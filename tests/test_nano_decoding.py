@@ -35,8 +35,8 @@ from funasr_batch.decoding.nano import (
 from funasr_batch.decoding.nano_loading import NanoOptions, load_nano, load_network
 from funasr_batch.decoding.speculative import Always
 from funasr_batch.errors import CheckpointError, RecognitionError, UsageError
+from funasr_batch.loading import load
 from funasr_batch.models.layers import on_gpu
-from funasr_batch.recognizer import load
 from funasr_batch.records import FRAME_MS, FloatArray, Segment, Token
 from funasr_batch.weights.checkpoint import Checkpoint, open_checkpoint
 from funasr_batch.weights.quantize import Quantization

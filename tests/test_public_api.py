@@ -12,7 +12,7 @@ import pytest
 from tiny_model import write_tiny_model
 
 import funasr_batch
-from funasr_batch import errors, recognizer, records
+from funasr_batch import errors, loading, recognizer, records
 
 PUBLIC = [
     "AudioError",
@@ -45,7 +45,7 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_every_public_name_is_what_its_module_holds() -> None:
-    homes = {**vars(errors), **vars(records), **vars(recognizer)}
+    homes = {**vars(errors), **vars(records), **vars(recognizer), **vars(loading)}
     for name in PUBLIC:
         if name != "__version__":
             assert getattr(funasr_batch, name) is homes[name]

@@ -23,7 +23,9 @@ from funasr_batch.errors import (
     UsageError,
     VanishedError,
 )
-from funasr_batch.recognizer import Recognizer, find_model, load
+from funasr_batch.loading import load
+from funasr_batch.model_files import find_model
+from funasr_batch.recognizer import Recognizer
 from funasr_batch.records import Recognition, Segment, Transcript
 from funasr_batch.settings import Settings, recognition_digest
 

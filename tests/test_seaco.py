@@ -22,9 +22,11 @@ from funasr_batch.decoding.paraformer import (
     with_hotwords,
 )
 from funasr_batch.errors import CheckpointError
+from funasr_batch.loading import Networks, load, load_recognizer
+from funasr_batch.model_files import find_model
 from funasr_batch.models.paraformer import ParaformerConfig
 from funasr_batch.models.seaco import FILTER_SIZE, Seaco, SeacoConfig
-from funasr_batch.recognizer import Networks, Recognizer, find_model, load, load_recognizer
+from funasr_batch.recognizer import Recognizer
 from funasr_batch.records import FloatArray, Recognition
 from funasr_batch.settings import Settings, recognition_digest
 from funasr_batch.weights.checkpoint import Checkpoint, open_checkpoint

@@ -19,7 +19,9 @@ from funasr_batch.decoding.ctc_branch import CtcReading
 from funasr_batch.decoding.nano import SILENCE, DecodingTally, NanoDecoding, loudness
 from funasr_batch.errors import ModelError, UsageError
 from funasr_batch.frontend import FrontEnd
-from funasr_batch.recognizer import Recognizer, find_model, load
+from funasr_batch.loading import load
+from funasr_batch.model_files import find_model
+from funasr_batch.recognizer import Recognizer
 from funasr_batch.records import Excerpt, FloatArray, TextSegment, Token
 from funasr_batch.run.progress import EventLog
 from funasr_batch.settings import Settings

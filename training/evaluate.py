@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from funasr_batch.recognizer import Recognizer, load
+from funasr_batch.loading import load
+from funasr_batch.recognizer import Recognizer
 from funasr_batch.records import Segment, Token
 from funasr_batch.text.tokens import detokenise, render_text
 from training.nano_scoring import units_of

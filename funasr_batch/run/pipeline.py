@@ -17,7 +17,9 @@ from pathlib import Path, PurePath
 from funasr_batch import __version__
 from funasr_batch.cpu import SLOW_BLAS_ADVICE, prepare_cpu
 from funasr_batch.errors import FileError, FunasrBatchError, StorageError
-from funasr_batch.recognizer import ModelFiles, Networks, Recognizer, find_model, load_recognizer
+from funasr_batch.loading import Networks, load_recognizer
+from funasr_batch.model_files import ModelFiles, find_model
+from funasr_batch.recognizer import Recognizer
 from funasr_batch.records import Source, Transcript
 from funasr_batch.rendering import render
 from funasr_batch.run.engine import Advanced, Failed, Finished, Heard, Started, transcribe_jobs
