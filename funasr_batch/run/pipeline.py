@@ -357,7 +357,7 @@ def _publish(task: Task, transcript: Transcript) -> list[Output]:
     """Writes all outputs of a recording together. Raises StorageError, and FileError when only
     this recording's cannot be written."""
     try:
-        contents = render(transcript, task.settings)
+        contents = render(transcript, task.settings, task.source.output.parent)
     except Exception as error:  # a fault of ours costs one recording, like one of its own
         kind = type(error).__name__
         raise FileError(

@@ -1,6 +1,6 @@
 """Transcripts as the manifest keeps them: JSON without loss, compressed.
 
-This is not the JSON that users get (see writers.py): times stay integer milliseconds and tokens are
+This is not the JSON that users get (see writers/): times stay integer milliseconds and tokens are
 short rows, so that other formats can be written years later without recognising again.
 """
 
