@@ -18,7 +18,7 @@ from funasr_batch.records import (
 from funasr_batch.segments import SegmentPolicy
 from funasr_batch.settings import Settings
 from funasr_batch.text.hotwords import SpelledHotwords, spell_hotwords
-from funasr_batch.text.prompt import MAX_HOTWORD_LENGTH
+from funasr_batch.text.prompt import MAX_HOTWORD_LENGTH, NANO_LANGUAGES
 from funasr_batch.weights.checkpoint import Checkpoint, check_tensors
 
 if TYPE_CHECKING:
@@ -69,9 +69,12 @@ def load_recognizer(
     networks = networks or Networks()
     decoding: Decoding
     if files.is_nano:
+        if settings.model == "nano":
+            _refuse_language(settings, NANO_LANGUAGES, "Choose --model nano-mlt (31 languages).")
         decoding = _nano(files, settings, getattr(mx, dtype), networks)
     elif checkpoint.architecture in ARCHITECTURES:
-        _refuse_language(settings)
+        hint = "Choose --model nano (zh, en, ja) or nano-mlt (31 languages)."
+        _refuse_language(settings, ("zh", "en"), hint)
         decoding = _paraformer_with(settings, checkpoint, getattr(mx, dtype), networks)
     else:
         raise CheckpointError(
@@ -96,11 +99,10 @@ def load_recognizer(
     )
 
 
-def _refuse_language(settings: Settings) -> None:
-    if settings.language not in ("auto", "zh", "en"):
+def _refuse_language(settings: Settings, known: Sequence[str], hint: str) -> None:
+    if settings.language not in ("auto", *known):
         raise UsageError(
-            f"{settings.model} recognises zh and en, not {settings.language}",
-            hint="Choose --model nano (zh, en, ja) or nano-mlt (31 languages).",
+            f"{settings.model} recognises {', '.join(known)}, not {settings.language}", hint=hint
         )
 
 

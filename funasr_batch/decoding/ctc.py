@@ -25,14 +25,6 @@ class Run(NamedTuple):
     last: int
 
 
-def greedy(log_probs: FloatArray, blank: int) -> list[Run]:
-    """The labels of the best path, without blanks.
-
-    `log_probs` is float32 [frames, labels]; any score that grows with the probability will do.
-    """
-    return collapse(log_probs.argmax(axis=1), blank)
-
-
 def collapse(labels: npt.NDArray[np.integer], blank: int) -> list[Run]:
     """Merge equal neighbours and drop blanks; `labels` is int [frames], one for each frame."""
     if len(labels) == 0:

@@ -51,7 +51,7 @@ SPARE_TOKENS, TOKENS_PER_SECOND = 16, 16.0
 BPE knows as bytes have some 15."""
 
 MOST_SAID = 20_000
-"""Tokens that are kept to draft from: some two hours of speech, a few megabytes."""
+"""Tokens that are kept to draft from: more than an hour of speech."""
 
 RECUTS = 2
 """How often a segment is halved at most."""
@@ -307,14 +307,13 @@ class NanoDecoding:
                 limits = mx.array(lengths) if uneven else None
                 adapted = self.model.adapt(memory, limits)
                 mx.eval(adapted)
+                require_finite(np.array(adapted[:, 0].astype(mx.float32)))
                 for row, place in enumerate(lane.places):
                     audio[place] = adapted[row, : audio_tokens(int(lengths[row]))]
                 if self.ctc is not None:
                     readings = self.ctc.read(memory, lengths, limits)
                     for place, reading in zip(lane.places, readings, strict=True):
                         ctc[place] = reading
-        for rows in audio:
-            require_finite(np.array(rows[0].astype(mx.float32)))
         return ctc, audio
 
     def _is_silent(self, piece: _Piece, ctc: CtcReading | None) -> bool:

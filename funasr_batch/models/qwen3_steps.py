@@ -1,9 +1,9 @@
 """A step of Qwen3 on a CPU: a few positions through all layers, in numpy.
 
 A step multiplies every weight by a row or a few. MLX hands such products to the BLAS as products
-of matrices, which packs all of the weights first, and runs two dozen more kernels a layer at tens
-of microseconds each; numpy multiplies by vectors and takes a tenth of that for the small things
-(benchmarks/RESULTS.md). Prompts, which have many positions, stay with MLX.
+of matrices, which packs all of the weights first, and hands two dozen more small kernels a layer
+to its thread; numpy multiplies by vectors and just calls (benchmarks/RESULTS.md). Prompts, which
+have many positions, stay with MLX.
 """
 
 from __future__ import annotations

@@ -12,6 +12,11 @@ import yaml
 from command import Command, record
 from tiny_nano import write_tiny_nano
 
+from funasr_batch.errors import UsageError
+from funasr_batch.loading import _refuse_language
+from funasr_batch.settings import Settings
+from funasr_batch.text.prompt import NANO_LANGUAGES
+
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -126,3 +131,11 @@ def test_a_paraformer_is_not_quantised(command: Command, recordings: Path) -> No
     record(recordings / "a.wav")
     ended = command(recordings, "--quantize", "int8")
     assert (ended.code, "only Nano can be quantised" in ended.err) == (2, True)
+
+
+def test_a_language_that_the_chosen_model_does_not_know() -> None:
+    settings = Settings(model="nano", language="ko")
+    with pytest.raises(UsageError, match="nano recognises zh, en, ja, not ko") as refused:
+        _refuse_language(settings, NANO_LANGUAGES, "Choose --model nano-mlt (31 languages).")
+    assert "nano-mlt" in (refused.value.hint or "")
+    _refuse_language(Settings(model="nano", language="ja"), NANO_LANGUAGES, "")
